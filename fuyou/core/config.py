@@ -1,0 +1,105 @@
+"""fuyou.Config: everything about a run beside its model, optimizer, folders and budgets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from fuyou.core.errors import ConfigError
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "precision": (None, "fp32", "bf16"),
+    "activations": ("auto", "keep", "recompute", "host", "nvme"),
+    "durability": (None, "step", "checkpoint"),
+    "io": ("auto", "io_uring", "threads", "aiofiles"),
+    "verify_reads": (False, True),
+}
+_NOT_BUILT = {
+    ("activations", "host"): "activations='host' is not built yet: use 'recompute' or 'keep'.",
+    ("activations", "nvme"): "activations='nvme' is not built yet: use 'recompute' or 'keep'.",
+    ("durability", "step"): "durability='step' is not built yet: use 'checkpoint', and know that a run cannot be resumed yet.",
+    ("verify_reads", True): "verify_reads=True is not built yet: leave it False.",
+}  # fmt: skip
+_DEFAULTS: dict[str, Any] = {
+    "precision": None,
+    "blocks": None,
+    "activations": "auto",
+    "durability": None,
+    "micro_batch": None,
+    "io": "auto",
+    "verify_reads": False,
+}
+
+
+class Config:
+    """Frozen options, each with a default.
+
+    precision: "fp32" | "bf16"; None follows the parameters' dtype.
+    blocks: module names that move as one unit each; None finds them.
+    activations: "auto" (recompute, until the planner decides) | "keep" | "recompute".
+    durability: None is "checkpoint": state in flight is not committed, and a run cannot be resumed yet.
+    io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
+
+    ConfigError names an unknown option's nearest match, an impossible value, and in one sentence what is not built yet.
+    """
+
+    __slots__ = tuple(_DEFAULTS)
+
+    precision: str | None
+    blocks: tuple[str, ...] | None
+    activations: str
+    durability: str | None
+    micro_batch: int | None
+    io: str
+    verify_reads: bool
+
+    def __init__(self, **options: Any) -> None:
+        for name in options:
+            if name not in _DEFAULTS:
+                raise ConfigError(f"Config has no option {name!r}{nearest(name, _DEFAULTS)}.")
+        for name, default in _DEFAULTS.items():
+            object.__setattr__(self, name, _checked(name, options.get(name, default)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Config is frozen: make a new one with {name}={value!r}")
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in _DEFAULTS)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and all(getattr(self, n) == getattr(other, n) for n in _DEFAULTS)
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in _DEFAULTS))
+
+    @property
+    def recompute(self) -> bool:
+        """Blocks recompute their saved tensors in backward ("auto" means this until the planner is there)."""
+        return self.activations in ("auto", "recompute")
+
+
+def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """': did you mean X?' or the list of what is known, to end a sentence with."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {match[0]!r}?" if match else f"; it has {', '.join(known)}"
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "blocks":
+        if value is None:
+            return None
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"blocks={value!r} must be a list of module names, or None to find them.")
+        return tuple(value)
+    if name == "micro_batch":
+        if value is not None:
+            raise ConfigError(
+                f"micro_batch={value!r} is not built yet: leave it None, and use a smaller batch with accumulation."
+            )
+        return None
+    if value not in _CHOICES[name]:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, _CHOICES[name]))}.")
+    if (name, value) in _NOT_BUILT:
+        raise ConfigError(_NOT_BUILT[name, value])
+    return value

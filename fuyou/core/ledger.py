@@ -1,0 +1,108 @@
+"""The only book of memory: every slot, lease and extent is charged and discharged here, by tier and category."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from fuyou.core.errors import BudgetError, StateError
+from fuyou.core.sizes import format_bytes
+
+TIERS = ("device", "host", "nvme")
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "staging")
+ARGUMENT = {"device": "gpu", "host": "ram", "nvme": "nvme_limit"}  # the argument of `wrap` that sets a tier's budget
+
+
+class Ledger:
+    """Bytes held now and at peak, against one budget a tier. Thread-safe: workers charge staging beside the caller.
+
+    `reserve` is what a tier holds that nobody can charge exactly (torch's temporaries on a CPU device); it counts
+    against the budget and into the peak.
+    """
+
+    def __init__(self, budgets: Mapping[str, int]) -> None:
+        self.budgets = {tier: budgets[tier] for tier in TIERS}
+        self._lock = threading.Lock()
+        self._held = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
+        self._reserve = dict.fromkeys(TIERS, 0)
+        self._peak = dict.fromkeys(TIERS, 0)
+        self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
+
+    def charge(self, tier: str, category: str, nbytes: int, what: str = "") -> None:
+        """Book `nbytes`, or raise BudgetError with the tier, the bytes needed and given, and who asked."""
+        with self._lock:
+            needed = self._total(tier) + nbytes
+            if needed > self.budgets[tier]:
+                raise BudgetError(
+                    self._refusal(tier, category, nbytes, what, needed),
+                    tier=tier, needed_bytes=needed, given_bytes=self.budgets[tier],
+                )  # fmt: skip
+            self._book(tier, category, nbytes)
+
+    def try_charge(self, tier: str, category: str, nbytes: int) -> bool:
+        """Book `nbytes` where they fit; False, and nothing booked, where they do not."""
+        with self._lock:
+            if self._total(tier) + nbytes > self.budgets[tier]:
+                return False
+            self._book(tier, category, nbytes)
+            return True
+
+    def discharge(self, tier: str, category: str, nbytes: int) -> None:
+        with self._lock:
+            if self._held[tier][category] < nbytes:
+                raise StateError(
+                    f"The ledger holds {self._held[tier][category]} bytes of {category} on {tier} and was asked to "
+                    f"give back {nbytes}: something was released twice."
+                )
+            self._held[tier][category] -= nbytes
+
+    def set_reserve(self, tier: str, nbytes: int) -> None:
+        with self._lock:
+            self._reserve[tier] = nbytes
+            self._note_peak(tier)
+
+    def held(self, tier: str, category: str | None = None) -> int:
+        """Bytes held now; without a category all of the tier's, its reserve left out."""
+        with self._lock:
+            return self._held[tier][category] if category else sum(self._held[tier].values())
+
+    def room(self, tier: str) -> int:
+        with self._lock:
+            return self.budgets[tier] - self._total(tier)
+
+    def summary(self) -> dict[str, dict]:
+        """{tier: {budget_bytes, peak_bytes, reserve_bytes, by_category (at the tier's peak)}}."""
+        with self._lock:
+            return {
+                tier: {
+                    "budget_bytes": self.budgets[tier],
+                    "peak_bytes": self._peak[tier],
+                    "reserve_bytes": self._reserve[tier],
+                    "by_category": dict(self._at_peak[tier]),
+                }
+                for tier in TIERS
+            }
+
+    def _total(self, tier: str) -> int:
+        return sum(self._held[tier].values()) + self._reserve[tier]
+
+    def _book(self, tier: str, category: str, nbytes: int) -> None:
+        self._held[tier][category] += nbytes
+        self._note_peak(tier)
+
+    def _note_peak(self, tier: str) -> None:
+        total = self._total(tier)
+        if total > self._peak[tier]:
+            self._peak[tier] = total
+            self._at_peak[tier] = dict(self._held[tier])
+
+    def _refusal(self, tier: str, category: str, nbytes: int, what: str, needed: int) -> str:
+        held = ", ".join(f"{name} {format_bytes(size)}" for name, size in self._held[tier].items() if size)
+        reserve = f", torch's temporaries {format_bytes(self._reserve[tier])}" if self._reserve[tier] else ""
+        budget, argument = self.budgets[tier], ARGUMENT[tier]
+        return (
+            f"The {tier} budget {argument}={format_bytes(budget)} is {format_bytes(needed - budget)} "
+            f"({needed - budget} bytes) short: {format_bytes(nbytes)} of {category}{' for ' + what if what else ''} "
+            f"on top of {held or 'nothing'}{reserve} need {format_bytes(needed)} ({needed} bytes). No update had begun: "
+            f"give {argument} at least {needed} bytes, or take a smaller batch or shorter sequences."
+        )
