@@ -121,8 +121,7 @@ def _layers_of_list(module: nn.Module) -> set[int]:
         return set()
     elements = {id(child): child for _, child in _children(module) if _has_parameters(child)}
     if len(elements) == 1:
-        # A list around a whole model is walked; a list of one layer is not (ALBERT's layer groups).
-        return {key for key, element in elements.items() if not _contains_repeated(element)}
+        return set(elements)
     classes = Counter(type(element) for element in elements.values())
     repeated = {key for key, element in elements.items() if classes[type(element)] > 1}
     repeated_numel = sum(_numel(elements[key]) for key in repeated)
@@ -151,10 +150,6 @@ def _is_repeated(module: nn.Module) -> bool:
 
 def _contains_list(module: nn.Module) -> bool:
     return any(_is_list(inner) for inner in _descendants(module))
-
-
-def _contains_repeated(module: nn.Module) -> bool:
-    return any(_is_list(inner) and _is_repeated(inner) for inner in _descendants(module))
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
