@@ -162,6 +162,11 @@ int Ring::set_file(unsigned slot, int fd) {
     return result < 0 ? result : 0;
 }
 
+void Ring::drop_tables() {
+    ring_register(fd_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
+    ring_register(fd_, IORING_UNREGISTER_FILES, nullptr, 0);
+}
+
 }  // namespace fuyou
 
 #endif

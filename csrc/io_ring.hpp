@@ -39,6 +39,7 @@ class Ring {
     int set_buffer(unsigned slot, const iovec& range);  // iov_base == nullptr empties it
     int make_file_table(unsigned count);
     int set_file(unsigned slot, int fd);  // -1 empties it
+    void drop_tables();
 
   private:
     void unmap();

@@ -61,7 +61,10 @@ class UringBackend final : public Backend {
             stopping_ = true;
         }
         ring_the_bell();
-        if (thread_.joinable()) thread_.join();
+        if (!thread_.joinable()) return;
+        thread_.join();
+        // A forked child that still lives holds the ring open: its pinned pages and files must not wait for it.
+        ring_.drop_tables();
     }
 
     void file_added(IoFile& file) override {
