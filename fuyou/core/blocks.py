@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .errors import ConfigError
+from fuyou.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
