@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ def _checkpoint_names(model: nn.Module, kept: Sequence[tuple[str, torch.Tensor]]
     except ImportError:
         return {}
     stand_ins = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in kept}
-    converted = revert_weight_conversion(model, dict(stand_ins))
+    converted = revert_weight_conversion(cast(Any, model), dict(stand_ins))
     names = {id(tensor): name for name, tensor in converted.items()}
     if len(converted) != len(stand_ins) or any(id(tensor) not in names for tensor in stand_ins.values()):
         return {}
