@@ -176,6 +176,7 @@ bool IoQueue::take(Piece& piece) {
 
 void IoQueue::finish(Piece piece, int64_t result) {
     Op& op = *piece.op;
+    if (op.kind != Kind::flush && result > static_cast<int64_t>(piece.nbytes)) result = -EIO;  // no kernel does this
     const bool again = result == -EINTR || result == -EAGAIN;
     if (again && ++piece.stalls <= kMostStalls) {
         retries_.push_back(piece);
@@ -185,9 +186,9 @@ void IoQueue::finish(Piece piece, int64_t result) {
         piece_failed(piece, static_cast<int>(-result), piece.offset);
     } else if (op.kind != Kind::flush && static_cast<uint64_t>(result) != piece.nbytes) {
         // A short transfer is continued. O_DIRECT wants an aligned start, so a partly transferred sector is done again.
-        const uint64_t moved = std::min(static_cast<uint64_t>(result), piece.nbytes);
+        const uint64_t moved = static_cast<uint64_t>(result);
         const uint64_t kept = moved - moved % op.file->alignment_bytes;
-        if (kept > 0 && !op.failed) {
+        if (kept > 0) {  // even when the operation has failed elsewhere: the lowest offset's own error is what counts
             piece.offset += kept;
             piece.address += kept;
             piece.nbytes -= kept;
@@ -197,7 +198,7 @@ void IoQueue::finish(Piece piece, int64_t result) {
         }
         if (op.kind == Kind::read) {
             piece_failed(piece, ENODATA, piece.offset + moved);  // end of file inside this sector, or right here
-        } else if (!op.failed && ++piece.stalls <= kMostStalls) {
+        } else if (++piece.stalls <= kMostStalls) {
             retries_.push_back(piece);
             return;
         } else {

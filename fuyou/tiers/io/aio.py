@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import io
 import itertools
 import os
 import threading
@@ -181,6 +182,8 @@ class AiofilesEngine(Engine):
                 if stalls > MOST_STALLS:
                     failures[op.offset + start + done] = errno.EIO
                     return
+        except io.UnsupportedOperation:  # what Python says, without an errno, of writing to a read-only file
+            failures[op.offset + start + done] = errno.EBADF
         except Exception as error:  # OSError, or RuntimeError from an interpreter that is shutting down
             failures[op.offset + start + done] = getattr(error, "errno", None) or errno.EIO
         finally:
@@ -196,9 +199,7 @@ class AiofilesEngine(Engine):
 
         mode = "r+b" if file.writable else "rb"
         path = f"/proc/self/fd/{file.fd}"
-        return await aiofiles.open(  # type: ignore[call-overload]
-            path, mode, buffering=0, opener=reopen, loop=self._loop, executor=self._executor
-        )
+        return await aiofiles.open(path, mode, buffering=0, opener=reopen, loop=self._loop, executor=self._executor)
 
     def _attach(self, file: File) -> None:
         with self._lock:

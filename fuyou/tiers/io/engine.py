@@ -138,7 +138,7 @@ class Engine(ABC):
         return self._start("flush", file, 0, 0, 0, None)
 
     def register(self, address: int, nbytes: int) -> bool:
-        """Register memory with the kernel, so that operations within it are cheaper. False where it is not: never fatal.
+        """Register memory with the kernel, so that operations in it cost less. False where that fails: never fatal.
 
         Registered memory must not be unmapped before `unregister` or `close`: the kernel keeps its pages.
         """
