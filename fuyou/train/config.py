@@ -1,0 +1,209 @@
+"""The configuration of `fuyou train`: one flat YAML file, in which only the first four keys have no default."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fuyou.core.config import Config, nearest
+from fuyou.core.errors import ConfigError
+from fuyou.core.sizes import parse_bytes
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # YAML 1.1 reads 1e-4 as a string
+
+
+def _number(value: Any) -> Any:
+    """`1e-4` and `1e3` become numbers; a boolean is not one."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers")
+    if isinstance(value, str) and _EXPONENT.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class TrainConfig(BaseModel):
+    """Every key of the YAML, in its order. Sizes are ints in bytes or strings such as '48GiB'."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: Text  # a Hugging Face folder, or an id on the hub
+    data: Annotated[list[Text], BeforeValidator(_as_list), Field(min_length=1)]  # .txt, .md or .jsonl
+    output: Text
+    nvme: (
+        Text | Annotated[list[Text], Field(min_length=1)] | None
+    )  # one folder a drive; null: host RAM holds everything
+
+    nvme_limit: int | str | None = None
+    ram: int | str | None = None
+    gpu: int | str | None = None
+    device: str | None = None
+    precision: str | None = None
+    activations: str = "auto"
+    durability: str | None = None
+    micro_batch: Integer | None = None
+    io: str = "auto"
+    verify_reads: bool = False
+
+    steps: Annotated[Integer, Field(ge=1)] | None = None
+    epochs: Annotated[Number, Field(gt=0)] | None = None  # 1 when `steps` is not given either
+    batch_size: Annotated[Integer, Field(ge=1)] = 1  # rows a backward
+    accumulation: Annotated[Integer, Field(ge=1)] = 1  # backwards a step
+    sequence_length: Annotated[Integer, Field(ge=2)] = 512
+    packing: bool = True
+
+    learning_rate: Annotated[Number, Field(gt=0)] = 2e-5
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[Number, Field(ge=0)] = 1e-8
+    warmup_steps: Annotated[Integer, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0  # 0: no clipping, and no norm is computed
+
+    eval_share: Share = 0.05  # of the distinct documents; 0: no held-out loss
+    eval_every: Annotated[Integer, Field(ge=1)] | None = None  # null: before the first step and after the last
+    save_every: Integer | None = None
+    save_total_limit: Integer | None = None
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
+
+    def core(self) -> Config:
+        """The part that `fuyou.wrap` takes as its `config`; ConfigError for what it refuses."""
+        return Config(
+            precision=self.precision,
+            activations=self.activations,
+            durability=self.durability,
+            micro_batch=self.micro_batch,
+            io=self.io,
+            verify_reads=self.verify_reads,
+        )
+
+    def nvme_folders(self) -> list[str]:
+        return _as_list(self.nvme)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
+    """Defaults, overridden by the file, overridden by `key=value` strings. ConfigError names the key and the place."""
+    values = _parse_file(Path(path))
+    places = dict.fromkeys(values, f"{path}")
+    for override in overrides:
+        key, value = _parse_override(override)
+        values[key], places[key] = value, "--set"
+    for key in values:
+        if key not in TrainConfig.model_fields:
+            raise ConfigError(f"{places[key]}: unknown key {key!r}{nearest(str(key), list(TrainConfig.model_fields))}")
+    try:
+        config = TrainConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_first_error(error, values, places, path)) from None
+    return _resolved(config)
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"The configuration {path} is not a file: give the path of a YAML file with {_required()}.")
+    try:
+        values = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not keys and values: it needs {_required()}.")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {text!r} is not key=value, as in --set learning_rate=1e-4.")
+    try:
+        return key, yaml.load(value, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--set {text!r}: the value does not parse as YAML ({' '.join(str(error).split())}); quote it."
+        ) from None
+
+
+def _required() -> str:
+    names = [name for name, field in TrainConfig.model_fields.items() if field.is_required()]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _first_error(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: object) -> str:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{path}: the key {key!r} is missing; {_required()} have no default."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{places[key]}: {key}={values[key]!r} is refused: {reason[:1].lower()}{reason[1:]}."
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """Checks that need several keys or the core, and the choices that defaults leave open."""
+    config.core()
+    for name in ("nvme_limit", "ram", "gpu"):
+        if getattr(config, name) is not None:
+            parse_bytes(getattr(config, name), name)
+    for name, instead in _NOT_BUILT.items():
+        if getattr(config, name):
+            raise ConfigError(f"{name}={getattr(config, name)!r} is not built yet: leave it out; {instead}.")
+    if config.steps is not None and config.epochs is not None:
+        raise ConfigError(
+            f"steps={config.steps} and epochs={config.epochs:g} are both given: keep one, and set the other to null."
+        )
+    if config.steps is None and config.epochs is None:
+        config = config.model_copy(update={"epochs": 1.0})
+    if config.steps is not None and config.warmup_steps > config.steps:
+        raise ConfigError(f"warmup_steps={config.warmup_steps} is more than steps={config.steps}: warm up for fewer.")
+    home = {name: os.path.expanduser(getattr(config, name)) for name in ("model", "output")}
+    home["data"] = [os.path.expanduser(item) for item in config.data]
+    if config.nvme is not None:
+        folders = [os.path.expanduser(item) for item in config.nvme_folders()]
+        home["nvme"] = folders[0] if isinstance(config.nvme, str) else folders
+    return config.model_copy(update=home)
+
+
+_NOT_BUILT = {
+    "save_every": "a run is saved once, at its end, to output/model",
+    "save_total_limit": "a run is saved once, at its end, to output/model",
+    "report_to": "metrics are in output/metrics.jsonl",
+}

@@ -1,0 +1,126 @@
+"""One `fuyou train` job, from its configuration to the exported model. Whatever can be refused is refused before the
+output folder is made."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuyou.api import wrap
+from fuyou.core.errors import ConfigError
+from fuyou.tiers.store import check_folders
+from fuyou.train.config import TrainConfig
+from fuyou.train.data import Rows, make_rows
+from fuyou.train.documents import read_documents, split
+from fuyou.train.loop import step_count, train
+from fuyou.train.model import load_model, load_tokenizer
+from fuyou.train.output import check_output, opened_output
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: Any
+    training: Rows
+    held_out: Rows | None
+
+
+def run_job(config: TrainConfig) -> None:
+    """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, model/."""
+    output = Path(config.output)
+    check_output(output)
+    check_folders(config.nvme_folders())
+    inputs = read_inputs(config)
+    seed_everything(config.seed)
+    model = load_model(config.model, config.precision)
+
+    with wrap(
+        model,
+        make_optimizer(model, config),
+        nvme=config.nvme,
+        nvme_limit=config.nvme_limit,
+        ram=config.ram,
+        gpu=config.gpu,
+        device=config.device,
+        config=config.core(),
+    ) as run:
+        with opened_output(output, config) as metrics:
+            seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
+            result = train(run, config, inputs.training, inputs.held_out, metrics)
+        run.save_pretrained(output / "model")
+        inputs.tokenizer.save_pretrained(output / "model")
+        report = run.report()
+        report.save(output / "report.json")
+        print(report.table())
+    print(summary(output, result))
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Tokenizer and rows; ConfigError or DataError for what cannot be trained on. Says what the data came to."""
+    documents = read_documents(config.data)
+    tokenizer = load_tokenizer(config.model, config.sequence_length)
+    learnt, kept_back = split(documents, config.eval_share, config.seed)
+    training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training")
+    held_out = None
+    if kept_back:
+        held_out = make_rows(kept_back, tokenizer, config.sequence_length, config.packing, "held-out")
+    steps = step_count(config, len(training))
+    if config.warmup_steps > steps:
+        raise ConfigError(
+            f"warmup_steps={config.warmup_steps} is more than the {steps} steps of this data: warm up for fewer."
+        )
+    _say(
+        f"{len(documents):,} documents: {len(learnt):,} to train on in {len(training):,} rows of "
+        f"{config.sequence_length} tokens, {len(kept_back):,} held out; {steps:,} steps."
+    )
+    for rows in (training, held_out):
+        for note in rows.notes if rows is not None else ():
+            _say(note)
+    return Inputs(tokenizer, training, held_out)
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is not frozen, in two groups: matrices decay, biases and norms (one dimension) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def summary(output: Path, result: dict[str, Any]) -> str:
+    """What a person wants to see last: the losses, and where everything is."""
+    rows: list[Sequence[str]] = []
+    if result["eval_loss_after"] is not None:
+        before, after = result["eval_loss_before"], result["eval_loss_after"]
+        rows.append(("held-out loss", f"{before:.4f} before, {after:.4f} after {result['steps']} steps"))
+    rows += [
+        ("model", str(output / "model")),
+        ("metrics", str(output / "metrics.jsonl")),
+        ("memory report", str(output / "report.json")),
+        ("configuration", str(output / "config.yaml")),
+    ]
+    return "\n" + "\n".join(f"{name:<15}{value}" for name, value in rows)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,74 @@
+"""The folder of a run: made when training starts, and gone again when not one step was done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fuyou.core.errors import ConfigError
+from fuyou.train.config import TrainConfig
+
+_A_RUN = ("config.yaml", "metrics.jsonl", "report.json", "model")
+
+
+class Metrics:
+    """metrics.jsonl: an object a step, and one a held-out evaluation, each in the file as soon as it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("x", encoding="utf-8")
+        self.steps = 0
+
+    def write_step(self, **values: Any) -> None:
+        """step, loss, lr, grad_norm (null without clipping), tokens (padding not counted), seconds."""
+        self.steps += 1
+        self._write(values)
+
+    def write_evaluation(self, **values: Any) -> None:
+        """step (0: before the first), eval_loss, tokens (that were predicted), seconds."""
+        self._write(values)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def check_output(output: Path) -> None:
+    """ConfigError where `output` holds a run already, or cannot be made."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={output} is a file: name a folder that does not exist yet.")
+    held = [name for name in _A_RUN if (output / name).exists()]
+    if held:
+        raise ConfigError(
+            f"The output folder {output} already holds a run ({', '.join(held)}): name another, or move it away."
+        )
+    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"The output folder {output} cannot be made: {above} is not a folder this user can write to.")
+
+
+@contextlib.contextmanager
+def opened_output(output: Path, config: TrainConfig) -> Iterator[Metrics]:
+    """The folder with its config.yaml and open metrics. A run that fails before its first step is done, such as one
+    whose first backward passes a budget, leaves neither behind."""
+    existed = output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(output / "metrics.jsonl")
+    try:
+        (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        yield metrics
+    except BaseException:
+        if metrics.steps == 0:
+            (output / "metrics.jsonl").unlink()
+            (output / "config.yaml").unlink(missing_ok=True)
+            if not existed:
+                output.rmdir()
+        raise
+    finally:
+        metrics.close()
