@@ -17,11 +17,13 @@ class Ledger:
     """Bytes held now and at peak, against one budget a tier. Thread-safe: workers charge staging beside the caller.
 
     `reserve` is what a tier holds that nobody can charge exactly (torch's temporaries on a CPU device); it counts
-    against the budget and into the peak.
+    against the budget and into the peak. `allowance[tier]` is kept free of weights and gradients from the start for
+    activations and temporaries together: they count against the budget with at least that much.
     """
 
-    def __init__(self, budgets: Mapping[str, int]) -> None:
+    def __init__(self, budgets: Mapping[str, int], allowance: Mapping[str, int] | None = None) -> None:
         self.budgets = {tier: budgets[tier] for tier in TIERS}
+        self._allowance = {tier: (allowance or {}).get(tier, 0) for tier in TIERS}
         self._lock = threading.Lock()
         self._held = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
         self._reserve = dict.fromkeys(TIERS, 0)
@@ -57,9 +59,16 @@ class Ledger:
             self._held[tier][category] -= nbytes
 
     def set_reserve(self, tier: str, nbytes: int) -> None:
+        """BudgetError where the tier's total passes its budget with it."""
         with self._lock:
             self._reserve[tier] = nbytes
+            needed = self._total(tier)
             self._note_peak(tier)
+            if needed > self.budgets[tier]:
+                raise BudgetError(
+                    self._refusal(tier, "activations", 0, "torch's temporaries", needed),
+                    tier=tier, needed_bytes=needed, given_bytes=self.budgets[tier],
+                )  # fmt: skip
 
     def held(self, tier: str, category: str | None = None) -> int:
         """Bytes held now; without a category all of the tier's, its reserve left out."""
@@ -84,14 +93,15 @@ class Ledger:
             }
 
     def _total(self, tier: str) -> int:
-        return sum(self._held[tier].values()) + self._reserve[tier]
+        held, activations = self._held[tier], self._held[tier]["activations"]
+        return sum(held.values()) - activations + max(self._allowance[tier], activations + self._reserve[tier])
 
     def _book(self, tier: str, category: str, nbytes: int) -> None:
         self._held[tier][category] += nbytes
         self._note_peak(tier)
 
     def _note_peak(self, tier: str) -> None:
-        total = self._total(tier)
+        total = sum(self._held[tier].values()) + self._reserve[tier]
         if total > self._peak[tier]:
             self._peak[tier] = total
             self._at_peak[tier] = dict(self._held[tier])

@@ -35,7 +35,7 @@ def parse_bytes(value: int | str, name: str) -> int:
     return count
 
 
-def format_bytes(count: int | float) -> str:
+def format_bytes(count: float) -> str:
     """Three significant digits with a binary unit, and the exact count while it is short: '1.50 GiB', '512 B'."""
     sign, size = ("-" if count < 0 else ""), abs(float(count))
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

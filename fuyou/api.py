@@ -1,0 +1,478 @@
+"""wrap and Run: the whole public surface of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.checkpoint.pretrained import export_pretrained, names_to_export
+from fuyou.core.blocks import find_blocks
+from fuyou.core.config import Config
+from fuyou.core.errors import ConfigError, StateError
+from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import format_bytes, parse_bytes
+from fuyou.plan.planner import Plan, make_plan
+from fuyou.report import Report
+from fuyou.runtime.away import Away
+from fuyou.runtime.build import STATE_SLOTS, Homes, make_units, name_optimizer_strangers, numbers_of
+from fuyou.runtime.handle import GradientHandle
+from fuyou.runtime.install import Installation, is_wrapped
+from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
+from fuyou.runtime.optimizer import Optimizer, check_optimizer, read_state
+from fuyou.runtime.schedule import BlockCalls, Schedule
+from fuyou.swap.activations import HookStack, TensorBook
+from fuyou.swap.adam import load_kernels, native_problem
+from fuyou.swap.gradients import Gradient, Gradients
+from fuyou.swap.optimizer_state import StateAccess, UpdateStream, fill
+from fuyou.swap.ranges import Staging, WriteBehind
+from fuyou.swap.unit import Member
+from fuyou.swap.weights import Swapper, chunks_of, overlap
+from fuyou.tiers.device import Device, resolve_device
+from fuyou.tiers.host import Arena
+from fuyou.tiers.io import open_engine
+from fuyou.tiers.store import Store, check_folders, free_limit, refuse_without_room
+from fuyou.tiers.worker import Worker
+
+FREE_SHARE = 0.8  # of what is free, for a budget that is not given
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    nvme: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    nvme_limit: int | str | None = None,
+    ram: int | str | None = None,
+    gpu: int | str | None = None,
+    device: str | torch.device | None = None,
+    config: Config | None = None,
+) -> Run:
+    """Train `model` with `optimizer` (torch.optim.AdamW or Adam) within these budgets; the training loop does not change.
+
+    nvme: folder, or one per drive; None keeps everything in host memory. nvme_limit: bytes on the drives (None: what is
+    free, less 5 %). ram, gpu: bytes of host and device memory, ints or strings such as "48GiB" (None: 80 % of what is
+    free; on a CPU device that is split between the two, and `gpu` covers what a GPU would hold). device: None takes
+    cuda where there is one.
+
+    The model is instrumented in place: its classes, names and state_dict keys stay. Use the result as a context manager,
+    and `run.optimizer` in place of `optimizer`.
+
+    Raises ConfigError for an argument, model or optimizer that cannot be trained; StoreError for a folder that is
+    missing, not writable or in use; BudgetError, with what is short and by how much, for a budget that cannot work.
+    Nothing has been changed when it raises.
+    """
+    config = config if config is not None else Config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"config={config!r} must be a fuyou.Config.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module and is a {type(model).__name__}.")
+    check_optimizer(optimizer)
+    if is_wrapped(model):
+        raise ConfigError("This model is wrapped already: close that run first (run.close()), then wrap again.")
+    name_optimizer_strangers(model, optimizer)
+    target = resolve_device(device)
+    ram_bytes, gpu_bytes = _budgets(ram, gpu, target)
+    return Run(model, optimizer, _folders(nvme), nvme_limit, ram_bytes, gpu_bytes, target, config)
+
+
+class Run:
+    """One wrapped model: owns its budgets, tiers and what is installed on it, until `close`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    device: torch.device
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passed: torch.optim.Optimizer,
+        folders: list[str],
+        nvme_limit: int | str | None,
+        ram_bytes: int,
+        gpu_bytes: int,
+        device: torch.device,
+        config: Config,
+    ) -> None:
+        """Use `fuyou.wrap`, which checks the arguments."""
+        self.model = model
+        self.device = device
+        self.config = config
+        self.notes: list[str] = []
+        self._passed = passed
+        self._folders = folders
+        self._pid = os.getpid()
+        self._open = False
+        blocks = find_blocks(model, config.blocks)
+        packed = make_units(model, passed, blocks, config.precision, device)
+        numbers = [numbers_of(unit, named) for unit, named in packed]
+        buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+        plan = make_plan(
+            numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=device.type, buffer_bytes=buffers,
+            state_slots=STATE_SLOTS, with_nvme=bool(folders),
+        )  # fmt: skip
+        limit = self._nvme_limit(nvme_limit, plan)
+        self._plan = plan
+        self._units = [unit for unit, _ in packed]
+        self._buffer_bytes = buffers
+        self._ledger = Ledger(
+            {"device": gpu_bytes, "host": ram_bytes, "nvme": limit}, allowance={"device": plan.working_bytes}
+        )
+        with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
+            self._open_tiers(plan, config, undo)
+            homes = Homes(plan, numbers, self._store)
+            if self._store is not None:
+                self._store.open()
+                undo.callback(self._store.close)
+            for index, (unit, named) in enumerate(packed):
+                unit.pack(named)
+                homes.give(index, unit, self._arena)
+            self._make_movers(plan, config, blocks)
+            undo.callback(self._swapper.close)
+            self._fill(passed)
+            undo.pop_all()
+        self._install()
+
+    # The loop's own ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def settle(self) -> None:
+        """Every write under way is done, and every change made to a parameter's copy is home. Raises their errors."""
+        self._guard()
+        self._schedule.end_backward()
+        self._away.settle()
+        self._gradients.before_update()
+        self._writes.drain()
+
+    def report(self) -> Report:
+        """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""
+        steps = list(self._clock.steps)
+        warm = steps[1:] or steps  # the first step also finds its way
+        names = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes")
+        traffic = {
+            f"{name}_per_step": round(sum(each["traffic"][name] for each in warm) / len(warm)) if warm else 0
+            for name in names
+        }
+        return Report({
+            "tiers": self._ledger.summary(),
+            "process": {"baseline_rss_bytes": self._baseline_rss_bytes, "peak_rss_bytes": peak_rss_bytes()},
+            "traffic": traffic,
+            "steps": steps,
+            "step_count": self._clock.count,
+            "device": str(self.device),
+            "engine": {"io": self._io_name, "adam": self._kernels.name},
+            "notes": list(self.notes),
+        })  # fmt: skip
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights (the compute copy, in the parameters' dtype) and the model's config to `folder` in Hugging
+        Face's layout. Streams: host memory is that of a few chunks. Raises StoreError where the disk has no room."""
+        self.settle()
+        sources = [self._source(name, tensor) for name, tensor in names_to_export(self.model)]
+        export_pretrained(Path(folder), self.model, sources)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        raise ConfigError(
+            "run.save is not built yet, and a run cannot be resumed: run.save_pretrained writes the weights."
+        )
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        raise ConfigError("run.load is not built yet: a run cannot be resumed.")
+
+    def register(self, name: str, obj: Any) -> None:
+        raise ConfigError("run.register is not built yet: a run cannot be resumed.")
+
+    def close(self) -> None:
+        """Drain, make the model and the passed optimizer ordinary again, give every byte, file and thread back.
+
+        Weights, gradients and optimizer state that do not fit into free memory are not given back: the weights are
+        written to the nvme folder as Hugging Face's layout, and a warning says where. Idempotent; a forked child's call
+        does nothing.
+        """
+        if not self._open or os.getpid() != self._pid:
+            return
+        try:
+            self.settle()
+            self._hand_back()
+        finally:
+            self._open = False
+            self._installation.remove()
+            self._close_tiers()
+
+    # Building ---------------------------------------------------------------------------------------------------------
+
+    def _nvme_limit(self, nvme_limit: int | str | None, plan: Plan) -> int:
+        if not self._folders:
+            return 0
+        limit = free_limit(self._folders)
+        if nvme_limit is not None:
+            limit = min(parse_bytes(nvme_limit, "nvme_limit"), limit)
+        refuse_without_room(plan.nvme_bytes, limit, self._folders)
+        return limit
+
+    def _open_tiers(self, plan: Plan, config: Config, undo: contextlib.ExitStack) -> None:
+        self._store: Store | None = None
+        self._io_name = "none"
+        self._engine = None
+        if self._folders:
+            self._engine = open_engine(config.io)
+            undo.callback(self._engine.close)
+            self._io_name = self._engine.name
+            self._store = Store(self._folders, self._engine, self._ledger)
+            self._note(self._engine.note)
+        self._kernels = load_kernels()
+        self._note(f"Adam runs through torch: {native_problem()}" if self._kernels.name == "torch" else "")
+        self._arena = Arena(plan.arena_bytes, self._ledger, pin=self.device.type == "cuda")
+        undo.callback(self._arena.close)
+        self._arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
+        self._note(self._arena.note)
+        if self._engine is not None:
+            self._engine.register(self._arena.address, self._arena.nbytes)
+        self._inbound = Worker("fuyou-weights-in")
+        undo.callback(self._inbound.close)
+
+    def _make_movers(self, plan: Plan, config: Config, blocks: Sequence[Any]) -> None:
+        hooks = HookStack()
+        self._link = Device(self.device)
+        self._writes = WriteBehind(self._arena)
+        self._away = Away(self._ledger, hooks)
+        self._swapper = Swapper(
+            device=self._link, arena=self._arena, ledger=self._ledger, inbound=self._inbound,
+            limit_bytes=plan.slot_limit_bytes, buffer_bytes=plan.inbound_buffer_bytes,
+            bind=self._away.bind, unbind=self._away.unbind,
+        )  # fmt: skip
+        self._away.start(self._swapper)
+        self._gradients = Gradients(self._link, self._ledger, self._writes)
+        self._access = StateAccess(self._kernels, self._writes)
+        self._clock = StepClock()
+        self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
+        of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}
+        loose = [unit for unit in self._units if not unit.owners]
+        self._model_calls = BlockCalls(None, "the model", self.model, loose)
+        self._schedule = Schedule(
+            blocks=[BlockCalls(index, each.name or "the model", each.module, of_block[index]) for index, each in enumerate(blocks)],
+            units=self._units, swapper=self._swapper, gradients=self._gradients,
+            updates=UpdateStream(self._kernels, self._writes, self._clock.stall),
+            away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
+            gauge=self._gauge, ledger=self._ledger, recompute=config.recompute, traffic=self._traffic,
+        )  # fmt: skip
+
+    def _fill(self, passed: torch.optim.Optimizer) -> None:
+        """Parameters, and state that the passed optimizer has, to their homes. The model keeps its own memory so far."""
+        for unit in self._units:
+            states = {}
+            for member in unit.members:
+                state = passed.state.get(member.parameter, {})
+                if unit.optimized and "exp_avg" in state:
+                    states[member] = state
+                    member.step = int(state["step"])
+            fill(unit, self._kernels, self._writes, states)
+        self._writes.drain()
+
+    def _install(self) -> None:
+        """The point of no return: parameters go away, their memory is freed, hooks are on."""
+        self._members = {id(member.parameter): member for unit in self._units for member in unit.members}
+        for unit in self._units:
+            self._swapper.adopt(unit)
+            had = {member: member.parameter.grad for member in unit.members}
+            for member in unit.members:
+                member.parameter.grad = None
+            self._away.adopt(unit)
+            for member, grad in had.items():
+                if grad is not None and unit.trainable:
+                    gradient = Gradient(member)
+                    self._gradients.adopt(gradient, grad.to(unit.device, unit.dtype))
+                    member.parameter.grad = GradientHandle(gradient, self._gradients)
+        self._gradients.end_backward()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        optimized = {key: member for key, member in self._members.items() if member.unit.optimized}
+        self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
+        self.optimizer = Optimizer(self._passed, optimized, self._schedule, self._gradients, self._access, self._guard)
+        self._passed.state.clear()
+        self._installation.replace_step(self._passed)
+        self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
+        self._open = True
+        _trim()
+        self._baseline_rss_bytes = rss_bytes()
+        self._gauge.start()
+
+    # Closing ----------------------------------------------------------------------------------------------------------
+
+    def _hand_back(self) -> None:
+        """Weights, gradients and state as ordinary tensors, as far as free memory goes."""
+        weights = sum(unit.nbytes for unit in self._units)
+        gradients = sum(
+            member.entry.count * member.unit.dtype.itemsize
+            for member in self._members.values()
+            if isinstance(member.parameter.grad, GradientHandle)
+        )
+        state = sum(8 * member.entry.count for member in self._members.values() if member.step)
+        free = free_host_bytes() * 0.95
+        if weights + gradients > free:
+            self._leave_on_disk(weights)
+            return
+        with_state = weights + gradients + state <= free
+        if not with_state:
+            warnings.warn(
+                f"The optimizer's state ({format_bytes(state)}) does not fit into free memory beside the weights and is "
+                "dropped: take run.optimizer.state_dict() before closing where it is wanted.",
+                stacklevel=4,
+            )
+        self._swapper.drop_all()
+        for member in self._members.values():
+            self._hand_back_member(member, with_state)
+
+    def _hand_back_member(self, member: Member, with_state: bool) -> None:
+        parameter, dtype = member.parameter, member.parameter.dtype
+        device = member.original_device
+        grad = parameter.grad
+        if isinstance(grad, GradientHandle):
+            with self._gradients.borrowed(grad.gradient) as value:
+                grad = value.to(device, copy=True)
+        if with_state and member.step:
+            state = read_state(member, self._access)
+            state.pop("master", None)
+            self._passed.state[parameter] = {
+                kind: value if kind == "step" else value.to(device, dtype) for kind, value in state.items()
+            }
+        value = torch.empty(member.entry.count, dtype=member.unit.dtype, device="cpu")
+        self._swapper.read_member(member, value)
+        parameter.grad = None
+        self._away.give_back(member, value.view(member.entry.shape).to(device))
+        parameter.grad = grad
+
+    def _leave_on_disk(self, weights: int) -> None:
+        where = "call run.save_pretrained(folder) before run.close()"
+        if self._folders:
+            folder = os.path.join(self._folders[0], "weights-at-close")
+            self.save_pretrained(folder)
+            where = f"they were written to {folder}"
+        reason = (
+            f"The weights ({format_bytes(weights)}) do not fit into the {format_bytes(free_host_bytes())} of free memory, so "
+            f"the closed run did not give them back to the model: {where}."
+        )
+        warnings.warn(reason, stacklevel=5)
+        self._away.refuse_from_now(reason)
+
+    def _close_tiers(self) -> None:
+        steps: list[Callable[[], None]] = [self._gradients.close, self._swapper.close, self._inbound.close]
+        if self._store is not None:
+            steps.append(self._store.close)
+        if self._engine is not None:
+            steps.append(self._engine.close)
+        for unit in self._units:
+            for chunk in unit.chunks:
+                steps += [each.release for each in (chunk.weights, chunk.state, chunk.gradient) if each is not None]
+        steps += [self._arena.close, _trim]
+        first: BaseException | None = None
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - the rest must be closed too; the first is raised
+                first = first or error
+        for unit in self._units:
+            unit.chunks.clear()
+        self._ledger.discharge("device", "weights", self._buffer_bytes)
+        if first is not None:
+            raise first
+
+    # Small ------------------------------------------------------------------------------------------------------------
+
+    def _guard(self) -> None:
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"This run belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
+                "parent, and pass data, not the model, to workers."
+            )
+        if not self._open:
+            raise StateError("This run is closed: wrap the model again to train on.")
+
+    def _note(self, text: str) -> None:
+        if text:
+            self.notes.append(text)
+
+    def _traffic(self) -> dict[str, int]:
+        return {
+            "nvme_read_bytes": self._store.read_bytes if self._store else 0,
+            "nvme_write_bytes": self._store.write_bytes if self._store else 0,
+            "host_to_device_bytes": self._link.host_to_device_bytes,
+            "device_to_host_bytes": self._link.device_to_host_bytes,
+        }
+
+    def _source(self, name: str, tensor: torch.Tensor) -> _Source:
+        return _Source(name, tensor, self._members.get(id(tensor)), self._writes)
+
+
+class _Source:
+    """One tensor for export: a parameter chunk by chunk from its home, or a buffer as it is."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, member: Member | None, writes: WriteBehind) -> None:
+        self.name = name
+        self.dtype = tensor.dtype
+        self.shape = tuple(tensor.shape)
+        self._tensor = tensor
+        self._member = member
+        self._writes = writes
+
+    def chunks(self) -> Iterator[memoryview]:
+        if self._member is None:
+            yield memoryview(self._tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            return
+        for chunk in chunks_of(self._member):
+            staging = self._writes.stage([chunk.weights], f"the export of {self.name}")
+            if not isinstance(staging, Staging):
+                raise StateError(f"No host memory came free for the export of {self.name}.")
+            try:
+                staging.load().wait()
+                first, last, at = overlap(self._member, chunk)
+                part = staging.views[0].view(self.dtype)[at : at + last - first]
+                yield memoryview(part.view(torch.uint8).numpy())
+            finally:
+                staging.release()
+
+
+def _folders(nvme: Any) -> list[str]:
+    if nvme is None:
+        return []
+    folders = [nvme] if isinstance(nvme, (str, os.PathLike)) else list(nvme)
+    if not folders:
+        raise ConfigError("nvme=[] names no folder: give at least one, or None to keep everything in host memory.")
+    return check_folders([os.fspath(each) for each in folders])
+
+
+def _budgets(ram: int | str | None, gpu: int | str | None, device: torch.device) -> tuple[int, int]:
+    """(ram, gpu) in bytes: as given, else 80 % of what is free; on a CPU the two share it."""
+    ram_bytes = parse_bytes(ram, "ram") if ram is not None else None
+    gpu_bytes = parse_bytes(gpu, "gpu") if gpu is not None else None
+    if device.type == "cuda" and gpu_bytes is None:
+        gpu_bytes = int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
+    free = int(free_host_bytes() * FREE_SHARE)
+    if ram_bytes is None and gpu_bytes is None:
+        return free // 2, free - free // 2
+    if ram_bytes is None:
+        ram_bytes = free if device.type == "cuda" else max(free - (gpu_bytes or 0), 1)
+    if gpu_bytes is None:
+        gpu_bytes = max(free - ram_bytes, 1)
+    return ram_bytes, gpu_bytes
+
+
+def _trim() -> None:
+    """Return freed heap pages to the system: what the model held before must not count against the budgets."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+__all__ = ["Run", "wrap"]

@@ -1,0 +1,1 @@
+"""Cost model and planner: pure functions on numbers."""

@@ -1,0 +1,1 @@
+"""The schedule, what is installed on the model, the optimizer facade, and measuring."""

@@ -1,0 +1,260 @@
+"""Parameters away from their block: never a dangling storage, readable and writable as ever.
+
+[Note: away] While a unit's weights are not in use, each of its parameters shows a NaN placeholder of its shape (an
+expanded scalar: no bytes) and wears a subclass of its own class whose `__torch_function__` sees every use. Metadata
+(shape, grad, hooks, zeros_like …) passes through. Any other use is given a copy of the bytes at home for the length of
+the call, and an in-place change of it is written home. A use that records a graph (a weight read outside of its block, a
+penalty on weights) saves that copy, so backward sees the values that forward saw.
+
+A copy that somebody still refers to (`p.data`, `p.detach()`, a view, a graph) is a loan, charged to the device. Changes
+made to it are written home before the next forward, read or step; after a step it is stale, as the README says.
+"""
+
+from __future__ import annotations
+
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.core.errors import StateError
+from fuyou.core.ledger import Ledger
+from fuyou.swap.activations import HookStack
+from fuyou.swap.unit import Member, Unit
+from fuyou.swap.weights import Swapper
+
+# Property reads that need the bytes; every other property is metadata. Likewise methods and functions that need none.
+_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+_METADATA = frozenset(
+    """size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex
+    is_signed is_same_size get_device register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
+    __hash__ __len__ is_shared is_pinned is_inference is_conj is_neg has_names _is_view dense_dim sparse_dim
+    zeros_like empty_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
+    new_tensor new_empty_strided __dir__""".split()
+)
+_RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
+
+
+@dataclass
+class _Loan:
+    """A copy that a caller or a graph may still refer to."""
+
+    member: Member
+    value: torch.Tensor
+    versions: tuple[int, int]
+    raw: bool  # handed out in a way that no version counter sees
+    stale: bool = False  # an update has passed it by
+
+    @property
+    def referred_to(self) -> bool:
+        return torch._C._storage_Use_Count(self.value.untyped_storage()._cdata) > _OWN_REFERENCES
+
+    @property
+    def changed(self) -> bool:
+        return not self.stale and (self.raw or self.versions != self.now())
+
+    def now(self) -> tuple[int, int]:
+        """Views made of the parameter share its version counter, detached ones share the copy's."""
+        return self.value._version, self.member.parameter._version
+
+
+class Away:
+    """Binds parameters to their unit's storage and away from it, and answers for them while they are away."""
+
+    def __init__(self, ledger: Ledger, hooks: HookStack) -> None:
+        self._ledger = ledger
+        self._hooks = hooks
+        self._members: dict[int, Member] = {}  # by id of the parameter, which the member keeps alive
+        self._classes: dict[type, type] = {}
+        self._loans: list[_Loan] = []
+        self._closed = ""
+
+    def start(self, swapper: Swapper) -> None:
+        self._swapper = swapper
+
+    def adopt(self, unit: Unit) -> None:
+        """The unit's parameters go away; their own memory is freed."""
+        for member in unit.members:
+            self._members[id(member.parameter)] = member
+            self._send(member)
+
+    def member_of(self, parameter: torch.Tensor) -> Member | None:
+        return self._members.get(id(parameter))
+
+    def bind(self, unit: Unit) -> None:
+        """Parameters become views of their unit's storage, with their own class."""
+        for member, view in zip(unit.members, unit.views, strict=True):
+            member.parameter.__class__ = member.original_class
+            member.parameter.data = view
+
+    def unbind(self, unit: Unit) -> None:
+        for member in unit.members:
+            self._send(member)
+
+    def settle(self, *, stale: bool = False) -> None:
+        """Write home what was changed through loans; those that nobody refers to end. `stale`: an update follows."""
+        loans, self._loans = self._loans, []
+        for loan in loans:
+            self._write_home(loan)
+            loan.stale = loan.stale or stale
+            if loan.referred_to:
+                self._loans.append(loan)
+            else:
+                self._discharge(loan)
+
+    def give_back(self, member: Member, value: torch.Tensor) -> None:
+        """The parameter is an ordinary one again (closing)."""
+        member.parameter.__class__ = member.original_class
+        member.parameter.data = value
+        self._members.pop(id(member.parameter), None)
+
+    def refuse_from_now(self, reason: str) -> None:
+        """Parameters that could not be given back: every use says `reason`."""
+        self._closed = reason
+
+    # Uses while away -------------------------------------------------------------------------------------------------
+
+    def use(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """One call of a torch function with parameters that are away among its arguments."""
+        owner = getattr(function, "__self__", None)
+        attribute = getattr(owner, "__name__", "") if function.__name__ in ("__get__", "__set__") else ""
+        if attribute and attribute not in _VALUE_PROPERTIES or not attribute and function.__name__ in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if self._closed:
+            raise StateError(self._closed)
+        members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
+        writes_data = attribute == "data" and function.__name__ == "__set__"
+        if writes_data:
+            return self._replace(members[0], args[1])
+        return self._on_copies(
+            members, function, args, kwargs, detached=attribute == "data" or function.__name__ == "detach"
+        )
+
+    def copy_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """An ordinary parameter with the same value (deepcopy, pickling)."""
+        member = self._members[id(parameter)]
+        return member.original_class(self._read(member), requires_grad=parameter.requires_grad)
+
+    def _on_copies(
+        self, members: list[Member], function: Callable, args: tuple, kwargs: dict, *, detached: bool
+    ) -> Any:
+        self.settle()
+        loans: list[_Loan] = []
+        try:
+            for member in members:
+                loan = _Loan(member, self._borrow(member), (0, 0), function.__name__ in _RAW)
+                loans.append(loan)
+                member.parameter.__class__ = member.original_class
+                member.parameter.data = loan.value
+                loan.versions = loan.now()
+            if detached:  # `.data` hides changes from every version counter; `.detach()` is the same view and does not
+                result = loans[0].value.detach()
+            else:
+                with self._hooks.at_least_keeping():
+                    result = function(*args, **kwargs)
+        finally:
+            for loan in loans:
+                if loan.member.parameter.data.data_ptr() != loan.value.data_ptr():
+                    loan.value.copy_(loan.member.parameter.data)  # the call itself rebound `.data`
+                self._send(loan.member)
+                self._loans.append(loan)
+        self.settle()
+        return result
+
+    def _replace(self, member: Member, value: torch.Tensor) -> None:
+        """`p.data = value`."""
+        if value is member.parameter:
+            return  # what Module.to does where nothing is to be moved
+        if value.shape != member.entry.shape or value.dtype != member.unit.dtype:
+            raise StateError(
+                f"Parameter {member.name} is {tuple(member.entry.shape)} {member.unit.dtype} in a wrapped model and was "
+                f"given {tuple(value.shape)} {value.dtype}: shapes and dtypes are fixed until run.close()."
+            )
+        self.settle()
+        self._swapper.write_member(member, value.detach().contiguous().view(-1))
+
+    def _read(self, member: Member) -> torch.Tensor:
+        value = torch.empty(member.entry.count, dtype=member.unit.dtype, device=member.unit.device)
+        self._swapper.read_member(member, value)
+        return value.view(member.entry.shape)
+
+    def _borrow(self, member: Member) -> torch.Tensor:
+        nbytes = member.entry.count * member.unit.dtype.itemsize
+        self._ledger.charge("device", "weights", nbytes, f"reading {member.name}")
+        try:
+            return self._read(member)
+        except BaseException:
+            self._ledger.discharge("device", "weights", nbytes)
+            raise
+
+    def _write_home(self, loan: _Loan) -> None:
+        if loan.changed:
+            self._swapper.write_member(loan.member, loan.value.detach().view(-1))
+            loan.versions = loan.now()
+
+    def _discharge(self, loan: _Loan) -> None:
+        self._ledger.discharge("device", "weights", loan.value.numel() * loan.value.itemsize)
+
+    def _send(self, member: Member) -> None:
+        parameter, unit = member.parameter, member.unit
+        parameter.__class__ = member.original_class  # so that `.data` is the plain one
+        parameter.data = unit.placeholder.expand(member.entry.shape)
+        parameter.__class__ = self._class_for(member.original_class)
+
+    def _away_in(self, structure: Any) -> Iterator[Member]:
+        if isinstance(structure, torch.Tensor):
+            member = self._members.get(id(structure))
+            if member is not None and type(structure) is not member.original_class:
+                yield member
+        elif isinstance(structure, (list, tuple)):
+            for item in structure:
+                yield from self._away_in(item)
+        elif isinstance(structure, dict):
+            for item in structure.values():
+                yield from self._away_in(item)
+
+    def _class_for(self, original: type) -> type:
+        if original not in self._classes:
+            self._classes[original] = _make_class(original, self)
+        return self._classes[original]
+
+
+def _make_class(original: type, away: Away) -> type:
+    """A subclass of a parameter's class, with nothing but this run's answers."""
+
+    def torch_function(cls: type, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return away.use(function, args, kwargs or {})
+
+    def deepcopy(self: nn.Parameter, memo: dict) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = away.copy_of(self)
+        return memo[id(self)]
+
+    def reduce(self: nn.Parameter, protocol: int) -> Any:
+        return away.copy_of(self).__reduce_ex__(protocol)
+
+    return type(
+        f"Away{original.__name__}",
+        (original,),
+        {
+            "__doc__": "A parameter whose weights are not on the device: see [Note: away] in fuyou/runtime/away.py.",
+            "__torch_function__": classmethod(torch_function),
+            "__deepcopy__": deepcopy,
+            "__reduce_ex__": reduce,
+        },
+    )
+
+
+@functools.cache
+def _count_own_references() -> int:
+    """What the use count of a storage reads while only a loan's own tensor refers to it."""
+    value = torch.empty(1)
+    return torch._C._storage_Use_Count(value.untyped_storage()._cdata)
+
+
+_OWN_REFERENCES = _count_own_references()

@@ -1,0 +1,138 @@
+"""From a model and budgets to units with homes: what `wrap` decides before it touches anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fuyou.core.blocks import Block, owners
+from fuyou.core.errors import ConfigError
+from fuyou.core.layout import Layout
+from fuyou.plan.planner import Plan, UnitNumbers, chunk_spans
+from fuyou.swap.ranges import Range
+from fuyou.swap.unit import Chunk, Unit
+from fuyou.tiers.host import Arena
+from fuyou.tiers.store import Store
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATE_SLOTS = 2  # of an NVMe extent that updates rewrite: an update never overwrites what it was made from
+
+
+def name_optimizer_strangers(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """ConfigError for a parameter of the optimizer that the model does not have."""
+    known = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names", [])
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                name = f" ({names[index]})" if index < len(names) else ""
+                raise ConfigError(
+                    f"Parameter {index}{name} of the optimizer's group {number}, of shape {tuple(parameter.shape)}, is not in "
+                    "the model: build the optimizer from model.parameters()."
+                )
+
+
+def make_units(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    blocks: Sequence[Block],
+    precision: str | None,
+    device: torch.device,
+) -> list[tuple[Unit, list[tuple[str, nn.Parameter]]]]:
+    """The units, in the order in which their first parameters are registered, each with its named parameters.
+
+    Parameters move together that are needed by the same blocks, have one dtype, and are all trained or all frozen.
+    """
+    owned = owners(model, blocks)
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[tuple, tuple[Unit, list[tuple[str, nn.Parameter]]]] = {}
+    for name, parameter in model.named_parameters():
+        dtype = _dtype(name, parameter, precision)
+        trained = parameter.requires_grad and id(parameter) in optimized
+        key = (owned[id(parameter)], dtype, parameter.requires_grad, trained)
+        if key not in found:
+            title = " + ".join(blocks[index].name or "the model" for index in key[0]) or "the model's own parameters"
+            unit = Unit(title, key[0], dtype, device)
+            unit.trainable, unit.optimized = parameter.requires_grad, trained
+            found[key] = (unit, [])
+        found[key][1].append((name, parameter))
+    return list(found.values())
+
+
+def numbers_of(unit: Unit, named: Sequence[tuple[str, nn.Parameter]]) -> UnitNumbers:
+    layout = Layout(unit.dtype, [(name, parameter.shape) for name, parameter in named])
+    return UnitNumbers(
+        name=unit.name,
+        elements=layout.count,
+        itemsize=unit.dtype.itemsize,
+        owners=unit.owners,
+        trainable=unit.trainable,
+        optimized=unit.optimized,
+        largest_tensor_elements=max(entry.count for entry in layout.entries),
+    )
+
+
+class Homes:
+    """Gives every chunk's ranges their home, as the plan says: leases of the arena, extents of the store."""
+
+    def __init__(self, plan: Plan, numbers: Sequence[UnitNumbers], store: Store | None) -> None:
+        self._plan = plan
+        self._numbers = numbers
+        self._store = store
+        self._extents = {
+            (index, number, kind): store.place(numbers[index].bytes_of(kind, count), kind, slots)
+            for index, number, kind, count, slots in self._on_nvme()
+            if store is not None
+        }
+
+    def _on_nvme(self) -> list[tuple[int, int, str, int, int]]:
+        """(unit, chunk, kind, elements, slots), unit by unit, so that what is read together lies together."""
+        placed = []
+        for index, unit in enumerate(self._numbers):
+            for kind in ("weights", "optimizer", "gradients"):
+                for number, (_, count) in enumerate(chunk_spans(unit.elements, self._plan.chunk_elements)):
+                    if unit.bytes_of(kind, count) and (index, number, kind) not in self._plan.on_host:
+                        slots = STATE_SLOTS if kind == "optimizer" or (kind == "weights" and unit.optimized) else 1
+                        placed.append((index, number, kind, count, slots))
+        return placed
+
+    def give(self, index: int, unit: Unit, arena: Arena) -> None:
+        """Make the unit's chunks."""
+
+        def home(number: int, kind: str, count: int) -> Range | None:
+            nbytes = self._numbers[index].bytes_of(kind, count)
+            if nbytes == 0:
+                return None
+            key = (index, number, kind)
+            return Range(
+                nbytes, arena.lease(nbytes, kind, unit.name) if key in self._plan.on_host else self._extents[key]
+            )
+
+        for number, (start, count) in enumerate(chunk_spans(unit.layout.count, self._plan.chunk_elements)):
+            weights = home(number, "weights", count)
+            if weights is None:
+                raise ConfigError(f"Unit {unit.name} has no weights.")
+            chunk = Chunk(
+                unit, start, count, weights, home(number, "optimizer", count), home(number, "gradients", count)
+            )
+            chunk.parts = [
+                (unit.members[member], first, last) for member, first, last in unit.layout.within(start, start + count)
+            ]
+            unit.chunks.append(chunk)
+
+
+def _dtype(name: str, parameter: nn.Parameter, precision: str | None) -> torch.dtype:
+    if parameter.is_meta:
+        raise ConfigError(
+            f"Parameter {name} is on the meta device, which is not built yet: load the model's weights first."
+        )
+    if parameter.dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(
+            f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: fuyou trains float32 and bfloat16 "
+            "(model.float() or model.bfloat16() before wrapping)."
+        )
+    if parameter.layout is not torch.strided:
+        raise ConfigError(f"Parameter {name} is sparse: fuyou trains dense parameters.")
+    return DTYPES[precision] if precision is not None else parameter.dtype

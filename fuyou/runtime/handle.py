@@ -1,0 +1,150 @@
+"""`p.grad` after a backward: a tensor whose bytes are on the host or on NVMe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fuyou.swap.gradients import Gradient, Gradients
+
+_RAW = frozenset({"numpy", "tolist", "item", "__array__", "data_ptr", "untyped_storage", "storage", "__deepcopy__",
+                  "__reduce_ex__", "__dlpack__"})  # fmt: skip
+
+
+class GradientHandle(torch.Tensor):
+    """A gradient that left the device: the parameter's shape, dtype and device, no storage of its own.
+
+    Clipping costs no bytes: `torch.linalg.vector_norm` answers with the norm taken while the gradient was whole on the
+    device, and `mul_` by a scalar is recorded and applied, in order and rounded to the gradient's dtype, by the update.
+    Any other operation brings the gradient back whole (charged to the device); in-place changes count.
+    """
+
+    gradient: Gradient
+    _gradients: Gradients
+
+    @staticmethod
+    def __new__(cls, gradient: Gradient, gradients: Gradients) -> GradientHandle:
+        unit = gradient.member.unit
+        handle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, gradient.member.entry.shape, dtype=unit.dtype, device=unit.device, requires_grad=False
+        )
+        handle.gradient = gradient
+        handle._gradients = gradients
+        return handle
+
+    def __init__(self, gradient: Gradient, gradients: Gradients) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with self._gradients.borrowed(self.gradient) as value:
+            return repr(value)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        """Calls that reach for memory directly get a real tensor; all others are dispatched operation by operation."""
+        if getattr(function, "__name__", "") in _RAW:
+            args, kwargs = pytree.tree_map_only(GradientHandle, _materialise, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        fast = _FAST.get(function.overloadpacket)
+        if fast is not None:
+            result = fast(function, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        returns = function._schema.returns
+        changes = any(each.alias_info is not None and each.alias_info.is_write for each in function._schema.arguments)
+        is_view = not changes and any(each.alias_info is not None for each in returns)
+        handles = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, GradientHandle)]
+        if not changes and not is_view:
+            return _read(function, handles, args, kwargs)
+        real_args, real_kwargs = pytree.tree_map_only(GradientHandle, _materialise, (args, kwargs))
+        result = function(*real_args, **real_kwargs)
+        if not changes:
+            return result  # a view: the gradient stays on the device, so that changes to the view count
+        by_value = {id(handle.gradient.live): handle for handle in handles}
+        for handle in handles:
+            handle.gradient.norm = None
+        return pytree.tree_map_only(torch.Tensor, lambda each: by_value.get(id(each), each), result)
+
+
+def _materialise(handle: GradientHandle) -> torch.Tensor:
+    return handle._gradients.materialise(handle.gradient)
+
+
+def _read(function: Any, handles: list[GradientHandle], args: tuple, kwargs: dict) -> Any:
+    """An operation that neither changes nor keeps its arguments: they are whole only for its length."""
+    if not handles:
+        return function(*args, **kwargs)
+    handle, *others = handles
+    with handle._gradients.borrowed(handle.gradient) as value:
+        args, kwargs = pytree.tree_map_only(
+            GradientHandle, lambda each: value if each is handle else each, (args, kwargs)
+        )
+        return _read(function, [each for each in others if each is not handle], args, kwargs)
+
+
+def _norm(function: Any, self: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:  # noqa: A002
+    if not isinstance(self, GradientHandle) or ord != 2 or dim is not None or keepdim or dtype is not None:
+        return NotImplemented
+    norm = self._gradients.norm_of(self.gradient)
+    return NotImplemented if norm is None else norm.clone()
+
+
+def _scale(function: Any, self: Any, other: Any) -> Any:
+    scalar = isinstance(other, (int, float)) or (
+        isinstance(other, torch.Tensor) and other.dim() == 0 and other.is_floating_point()
+    )
+    if not isinstance(self, GradientHandle) or not scalar or isinstance(other, GradientHandle):
+        return NotImplemented
+    gradient = self.gradient
+    if gradient.live is not None or gradient.zero:
+        return NotImplemented
+    gradient.scales.append(other.detach().clone() if isinstance(other, torch.Tensor) else float(other))
+    return self
+
+
+def _zero(function: Any, self: Any) -> Any:
+    if not isinstance(self, GradientHandle):
+        return NotImplemented
+    self._gradients.make_zero(self.gradient)
+    return self
+
+
+def _alias(function: Any, self: Any) -> Any:
+    """`.data`, `.detach()`: another handle of the same gradient."""
+    return GradientHandle(self.gradient, self._gradients) if isinstance(self, GradientHandle) else NotImplemented
+
+
+def _foreach(single: Callable) -> Callable:
+    def each(function: Any, selves: list, *rest: Any) -> Any:
+        other = rest[0] if rest else None
+        if isinstance(other, (list, tuple)) or len(rest) > 1:
+            return NotImplemented
+        for self in selves:
+            single(self, *rest)
+        return None
+
+    return each
+
+
+def _foreach_norm(function: Any, selves: list, ord: Any = 2, dtype: Any = None) -> Any:  # noqa: A002
+    return [torch.linalg.vector_norm(self, ord, dtype=dtype) for self in selves]
+
+
+_ATEN = torch.ops.aten
+_FAST: dict[Any, Callable] = {
+    _ATEN.linalg_vector_norm: _norm,
+    _ATEN.mul_: _scale,
+    _ATEN.zero_: _zero,
+    _ATEN.detach: _alias,
+    _ATEN._foreach_zero_: _foreach(torch.Tensor.zero_),
+    _ATEN._foreach_mul_: _foreach(torch.Tensor.mul_),
+    _ATEN._foreach_norm: _foreach_norm,
+}

@@ -1,0 +1,93 @@
+"""Everything that fuyou puts on a model and on the optimizer it was given, and takes off again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.core.errors import StateError
+from fuyou.runtime.schedule import BlockCalls, Schedule
+from fuyou.swap.unit import Unit
+
+_MARK = "_fuyou_wrapped"
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Some module of `model` carries a live run's forward."""
+    return any(hasattr(vars(module).get("forward"), _MARK) for module in model.modules())
+
+
+class Installation:
+    """What is installed, in full:
+
+    - on each block, and on the model itself: the instance attribute `forward`, which calls the original one;
+    - on each trainable parameter: a hook before its gradient is summed, and one after;
+    - on the optimizer that was passed: the instance attribute `step`, which raises and names run.optimizer.
+
+    Parameters change class and data while they are away ([Note: away]); Away gives them back.
+    """
+
+    def __init__(self, schedule: Schedule, model: BlockCalls, units: list[Unit], guard: Callable[[], None]) -> None:
+        self._undo: list[Callable[[], None]] = []
+        calls = [(block, schedule.block_forward) for block in schedule.blocks]
+        if not any(block.module is model.module for block in schedule.blocks):
+            calls.append((model, schedule.model_forward))
+        for block, run in calls:
+            self._put_forward(block, run, guard)
+        for unit in units:
+            if unit.trainable:
+                for member in unit.members:
+                    self._put_hooks(schedule, member)
+
+    def replace_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The passed optimizer's `step` would update NaN placeholders: it raises instead."""
+
+        def step(*_: Any, **__: Any) -> None:
+            raise StateError(
+                "This optimizer was passed to fuyou.wrap, which updates its parameters by run.optimizer.step(): call that one."
+            )
+
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler built before wrap looks for this
+        had = vars(optimizer).get("step")
+        optimizer.step = step  # type: ignore[method-assign]
+
+        def undo() -> None:
+            del optimizer.step
+            if had is not None:
+                optimizer.step = had  # type: ignore[method-assign]
+
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """In reverse order, once."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _put_forward(
+        self, block: BlockCalls, run: Callable[[BlockCalls, tuple, dict], Any], guard: Callable[[], None]
+    ) -> None:
+        @torch.compiler.disable  # compiled code would look inside and burn the fetching in
+        @functools.wraps(block.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            guard()
+            return run(block, args, kwargs)
+
+        setattr(forward, _MARK, True)
+        module, had = block.module, vars(block.module).get("forward")
+        module.forward = forward  # type: ignore[method-assign]
+
+        def undo() -> None:
+            del module.forward
+            if had is not None:
+                module.forward = had  # type: ignore[method-assign]
+
+        self._undo.append(undo)
+
+    def _put_hooks(self, schedule: Schedule, member: Any) -> None:
+        before = member.parameter.register_hook(lambda gradient: schedule.before_accumulate(member))
+        after = member.parameter.register_post_accumulate_grad_hook(lambda parameter: schedule.after_accumulate(member))
+        self._undo += [before.remove, after.remove]

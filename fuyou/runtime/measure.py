@@ -1,0 +1,112 @@
+"""What the process holds, what is free, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from fuyou.core.ledger import Ledger
+
+PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+KEPT_STEPS = 1000
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * PAGE_BYTES
+
+
+def peak_rss_bytes() -> int:
+    """The kernel's high-water mark of this process's resident memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return rss_bytes()
+
+
+def free_host_bytes() -> int:
+    """Memory that can be had: the system's, or the rest of the control group's limit where that is less."""
+    free = int(psutil.virtual_memory().available)
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, max(0, int(Path(limit_file).read_text()) - int(Path(used_file).read_text())))
+    return free
+
+
+class StepClock:
+    """Seconds of each step, and of those the seconds that the training thread waited, by cause.
+
+    Causes: "weights" (a block's weights were not there yet), "gradients" (taking them off the device), "nvme_read" and
+    "nvme_write" (the update waited for the drive), "adam" (the update computed). The rest of a step is forward,
+    backward and the user's own code.
+    """
+
+    def __init__(self) -> None:
+        self.steps: deque[dict] = deque(maxlen=KEPT_STEPS)
+        self.count = 0
+        self._stalls: dict[str, float] = {}
+        self._started: float | None = None
+
+    @contextlib.contextmanager
+    def stall(self, cause: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stalls[cause] = self._stalls.get(cause, 0.0) + time.perf_counter() - began
+
+    def begin(self) -> None:
+        """The first forward of a step; later ones of the same step change nothing."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def end(self, traffic: dict[str, int]) -> None:
+        """A step is over; `traffic` is what it moved."""
+        if self._started is not None:
+            seconds = time.perf_counter() - self._started
+            self.steps.append({"seconds": seconds, "stalls": self._stalls, "traffic": traffic})
+        self.count += 1
+        self._stalls, self._started = {}, None
+
+
+class TemporariesGauge:
+    """Torch's temporaries on a CPU device, which no allocator reports: the resident memory that nobody charged.
+
+    Sampled at every block's edge and gradient of the first steps; the highest becomes the device tier's reserve. On
+    CUDA the allocator itself is limited, and this does nothing.
+    """
+
+    STEPS = 2
+
+    def __init__(self, ledger: Ledger, *, active: bool) -> None:
+        self._ledger = ledger
+        self._active = active
+        self._baseline = 0
+        self._highest = 0
+        self._steps = 0
+
+    def start(self) -> None:
+        """From here on what is not charged is temporary: host memory is committed, the device tier nearly empty."""
+        self._baseline = rss_bytes() - self._ledger.held("device") if self._active else 0
+
+    def sample(self) -> None:
+        if not self._active:
+            return
+        uncharged = rss_bytes() - self._baseline - self._ledger.held("device")
+        if uncharged > self._highest:
+            self._highest = uncharged
+            self._ledger.set_reserve("device", uncharged)
+
+    def end_step(self) -> None:
+        self._steps += 1
+        self._active = self._active and self._steps < self.STEPS

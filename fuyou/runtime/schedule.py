@@ -1,0 +1,296 @@
+"""The schedule of a step: what is fetched, released, taken off the device and updated, and when.
+
+    forward:   for each block in turn: get its weights · start fetching the next block's · compute · release
+    backward:  for each block in turn, last first: get its weights · start fetching the one before · recompute and
+               differentiate · each gradient leaves the device as soon as it is summed · release
+    step:      for each chunk of the model: read i+1 · update i · write i−1
+
+Order is learnt from what happens and used only as a hint for fetching ahead: a block that is called twice, never, or
+out of turn is right, only slower.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fuyou.core.errors import StateError
+from fuyou.core.ledger import Ledger
+from fuyou.runtime.away import Away
+from fuyou.runtime.handle import GradientHandle
+from fuyou.runtime.measure import StepClock, TemporariesGauge
+from fuyou.swap.activations import Autocast, Frame, HookStack, TensorBook
+from fuyou.swap.gradients import Gradients
+from fuyou.swap.optimizer_state import MemberUpdate, StateAccess, UpdateStream
+from fuyou.swap.unit import Member, Unit
+from fuyou.swap.weights import Swapper
+
+
+class BlockCalls:
+    """What the schedule knows of one block (or, with no index, of the model's own forward)."""
+
+    def __init__(self, index: int | None, name: str, module: nn.Module, units: list[Unit]) -> None:
+        self.index = index
+        self.name = name
+        self.module = module
+        self.forward = module.forward
+        self.units = units
+        self.has_children = any(True for _ in module.children())
+        self.mutable_buffers: dict[str, bool] = {}
+
+
+class Schedule:
+    """Where weights, gradients, activations and optimizer state meet. Called by what install.py puts on the model."""
+
+    def __init__(
+        self,
+        *,
+        blocks: list[BlockCalls],
+        units: list[Unit],
+        swapper: Swapper,
+        gradients: Gradients,
+        updates: UpdateStream,
+        away: Away,
+        book: TensorBook,
+        hooks: HookStack,
+        clock: StepClock,
+        gauge: TemporariesGauge,
+        ledger: Ledger,
+        recompute: bool,
+        traffic: Callable[[], dict[str, int]],
+    ) -> None:
+        self.blocks = blocks
+        self._units = units
+        self._swapper = swapper
+        self._gradients = gradients
+        self._updates = updates
+        self._away = away
+        self._book = book
+        self._hooks = hooks
+        self._clock = clock
+        self._gauge = gauge
+        self._ledger = ledger
+        self._recompute = recompute
+        self._traffic = traffic
+        self._moved = traffic()
+        self._lock = threading.RLock()
+        self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
+        self._last: dict[str, int | None] = {}  # phase → the block before this one
+        self._frames: weakref.WeakKeyDictionary[Frame, BlockCalls] = weakref.WeakKeyDictionary()
+        self._current: BlockCalls | None = None  # whose weights backward holds
+        self._tasks: set[int] = set()  # graph tasks that will call end_backward
+        self._aside: dict[Member, GradientHandle] = {}  # `p.grad` of before, while autograd sums the new one
+        self._handles: dict[Member, weakref.ref[GradientHandle]] = {}
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def model_forward(self, model: BlockCalls, args: tuple, kwargs: dict) -> Any:
+        """The model's own forward: its loose parameters are there for all of it."""
+        self._last["forward"] = None
+        if torch._C._current_graph_task_id() == -1:
+            self.end_backward()  # an earlier backward may have ended in an exception
+        self._away.settle()
+        return self.block_forward(model, args, kwargs)
+
+    def block_forward(self, block: BlockCalls, args: tuple, kwargs: dict) -> Any:
+        """One call of a block: weights in, the next block's on their way, compute, weights free to go."""
+        self._clock.begin()
+        held = self._get(block)
+        frame = None
+        try:
+            self._prefetch("forward", block)
+            with torch.profiler.record_function(f"fuyou::forward {block.name}"):
+                if torch.is_grad_enabled():
+                    frame = self._frame(block)
+                    result = frame.run(args, kwargs)
+                else:
+                    result = block.forward(*args, **kwargs)
+            result = self._without_weight_views(result)
+            if Autocast().enabled:  # its cache would keep casts of weights that are released now
+                torch.clear_autocast_cache()
+            self._gauge.sample()
+        finally:
+            for unit in held:
+                self._swapper.release(unit)
+        if frame is not None and block.index is not None:
+            self._watch(result, frame)
+        return result
+
+    def _frame(self, block: BlockCalls) -> Frame:
+        recompute = self._recompute and block.index is not None
+        frame = Frame(
+            block.name, block.module, block.forward, self, self._book, self._hooks,
+            recompute=recompute, mutable_buffers=block.mutable_buffers,
+        )  # fmt: skip
+        self._frames[frame] = block
+        return frame
+
+    def _without_weight_views(self, result: Any) -> Any:
+        """A result that is a view of a weight would be gone with it: give a copy."""
+        tensors = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
+        if not any(self.unit_of(each) is not None for each in tensors):
+            return result
+        return pytree.tree_map_only(
+            torch.Tensor, lambda each: each.clone() if self.unit_of(each) is not None else each, result
+        )
+
+    def _watch(self, result: Any, frame: Frame) -> None:
+        """Backward announces itself at the block's outputs, before it needs anything."""
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(lambda gradient, frame=frame: self._announced(frame))
+
+    # Backward --------------------------------------------------------------------------------------------------------
+
+    def unit_of(self, tensor: torch.Tensor) -> Unit | None:
+        if tensor.layout is not torch.strided or isinstance(tensor, GradientHandle):
+            return None
+        return self._swapper.unit_of(tensor)
+
+    def _announced(self, frame: Frame) -> None:
+        block = self._frames[frame]
+        # A leaf module that saved nothing to run again for (an embedding) needs no weights in backward. One with
+        # children may hold the user's own checkpoint, which saves out of our sight.
+        if frame.needs_weights or block.has_children:
+            self.backward_of(frame)
+
+    def backward_of(self, frame: Frame) -> None:
+        block = self._frames[frame]
+        self._expect_end()
+        if block.index is None or block is self._current:
+            return
+        with self._lock:
+            # Autograd runs the youngest nodes first: when another block begins, all of this one's that are ready have
+            # run. One that was not (it waits for a gradient from elsewhere) fetches again.
+            self._leave_current()
+            self._get(block)
+            self._current = block
+            self._prefetch("backward", block)
+            self._gauge.sample()
+
+    def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
+        self.backward_of(frame)
+        if not (self._current is not None and unit in self._current.units):
+            with self._clock.stall("weights"):
+                self._swapper.get(unit)  # of the model's own forward: pinned, so it stays after the release
+            self._swapper.release(unit)
+        return unit.flat
+
+    def before_accumulate(self, member: Member) -> None:
+        """Autograd is about to sum into `p.grad`: what is there by handle goes aside, and is added when it is done."""
+        self._expect_end()
+        parameter = member.parameter
+        handle = parameter.grad
+        if isinstance(handle, GradientHandle):
+            self._aside[member] = handle
+            parameter.grad = None
+            return
+        reference = self._handles.get(member)
+        old = reference() if reference is not None else None
+        if old is not None and handle is None and member not in self._aside:
+            self._gradients.save(old.gradient)  # cleared from `p.grad`, but somebody still looks at it
+
+    def after_accumulate(self, member: Member) -> None:
+        """`p.grad` holds what this backward brought: it leaves the device."""
+        parameter = member.parameter
+        new, old = parameter.grad, self._aside.pop(member, None)
+        if new is None:
+            return
+        if new.layout is not torch.strided:
+            raise StateError(f"The gradient of {member.name} is sparse: use dense gradients (Embedding(sparse=False)).")
+        nbytes = new.numel() * new.itemsize
+        self._gauge.sample()
+        self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+        try:
+            with self._clock.stall("gradients"), torch.profiler.record_function(f"fuyou::gradient {member.name}"):
+                gradient = self._gradients.take(member, new, old.gradient if old is not None else None)
+        finally:
+            self._ledger.discharge("device", "gradients", nbytes)
+        if old is None or old.gradient is not gradient:
+            old = GradientHandle(gradient, self._gradients)
+            self._handles[member] = weakref.ref(old)
+        parameter.grad = old
+
+    def end_backward(self) -> None:
+        """A backward is over, or was left by an exception."""
+        self._tasks.clear()
+        with self._lock:
+            self._leave_current()
+        for member, handle in self._aside.items():  # autograd.grad: the first hook fires, the second does not
+            if member.parameter.grad is None:
+                member.parameter.grad = handle
+        self._aside.clear()
+        self._gradients.end_backward()
+        self._last["backward"] = None
+
+    def _expect_end(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks and task != -1:
+            self._tasks.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+
+    def _leave_current(self) -> None:
+        current, self._current = self._current, None
+        for unit in current.units if current is not None else ():
+            self._swapper.release(unit)
+
+    # Step ------------------------------------------------------------------------------------------------------------
+
+    def step(self, updates: dict[Member, MemberUpdate]) -> None:
+        """Update the members given, chunk by chunk in the order in which the next forward needs them."""
+        self._gradients.before_update()
+        changed = [unit for unit in self._units if any(member in updates for member in unit.members)]
+        for unit in changed:
+            self._swapper.invalidate(unit)
+        self._updates.run((chunk for unit in changed for chunk in unit.chunks), updates)
+        for member, update in updates.items():
+            member.step = update.step
+        self._gradients.end_step()
+        now = self._traffic()
+        self._clock.end({name: now[name] - self._moved[name] for name in now})
+        self._moved = now
+        self._gauge.end_step()
+        self._last.clear()
+
+    def before_step(self) -> None:
+        """What the user changed through loans is part of what the step starts from."""
+        self.end_backward()
+        self._away.settle(stale=True)
+
+    def replace_state(self, member: Member, values: dict[str, torch.Tensor], access: StateAccess) -> None:
+        """Write optimizer state, and with a master the weights: nothing on the device or in a loan shows them any more."""
+        self.before_step()
+        self._swapper.invalidate(member.unit)
+        access.write(member, values)
+
+    # Weights ---------------------------------------------------------------------------------------------------------
+
+    def _get(self, block: BlockCalls) -> list[Unit]:
+        """The block's weights, each held once; on an error none is."""
+        held: list[Unit] = []
+        try:
+            for unit in block.units:
+                with self._clock.stall("weights"):
+                    self._swapper.get(unit)
+                held.append(unit)
+        except BaseException:
+            for unit in held:
+                self._swapper.release(unit)
+            raise
+        return held
+
+    def _prefetch(self, phase: str, block: BlockCalls) -> None:
+        """Start fetching what came after this block last time."""
+        if block.index is None:
+            return
+        self._after[phase, self._last.get(phase)] = block.index
+        self._last[phase] = block.index
+        following = self._after.get((phase, block.index))
+        for unit in self.blocks[following].units if following is not None else ():
+            self._swapper.fetch(unit)

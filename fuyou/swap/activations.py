@@ -1,0 +1,323 @@
+"""The activations' resident: what a block's forward saves for backward, kept or recomputed.
+
+[Note: saved tensors] Every tensor that autograd saves inside a block goes through `Frame.pack`. A view of a unit's
+weights becomes its place in that unit and is fetched when backward asks for it, in any order. A view of one of the
+block's inputs is kept: the frame holds the input anyway. Anything else is kept (KEEP), or counted and dropped
+(RECOMPUTE): the first unpack of a backward runs the block's forward again on the inputs, under the random state,
+autocast, attributes and buffers of the first run, and keeps what it saves until it is asked for. All of this is one
+autograd graph: nothing that leaves a block otherwise than by its return value is cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy
+import torch
+from torch import nn
+
+from fuyou.core.errors import StateError
+from fuyou.core.ledger import Ledger
+from fuyou.swap.snapshot import ModuleState, snapshot, tensors_in
+from fuyou.swap.unit import Unit
+
+
+class Weights(Protocol):
+    """What a frame needs of whoever schedules the weights."""
+
+    def unit_of(self, tensor: torch.Tensor) -> Unit | None: ...
+
+    def backward_of(self, frame: Frame) -> None:
+        """Backward needs this frame's block: its weights are on the device on return, until another block's are."""
+
+    def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
+        """The unit's flat weights on the device, for a backward that is under way."""
+
+
+class TensorBook:
+    """Charges device tensors to the ledger once a storage, however often they are held."""
+
+    def __init__(self, ledger: Ledger, device: torch.device) -> None:
+        self._ledger = ledger
+        self._device_type = device.type
+        self._held: dict[int, tuple[int, int]] = {}  # storage → (holders, bytes)
+
+    def hold(self, tensor: torch.Tensor, what: str) -> int:
+        """Charge; returns the key to `drop` with, 0 for a tensor that costs the device nothing."""
+        if tensor.device.type != self._device_type:
+            return 0
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        holders, booked = self._held.get(key, (0, nbytes))
+        if holders == 0:
+            self._ledger.charge("device", "activations", nbytes, what)
+        self._held[key] = (holders + 1, booked)
+        return key
+
+    def drop(self, key: int) -> None:
+        if key == 0:
+            return
+        holders, booked = self._held[key]
+        if holders > 1:
+            self._held[key] = (holders - 1, booked)
+        else:
+            del self._held[key]
+            self._ledger.discharge("device", "activations", booked)
+
+
+class HookStack:
+    """The saved-tensor hooks that are in force now, one pair a thread and nesting."""
+
+    def __init__(self) -> None:
+        self._depth = threading.local()
+
+    @contextlib.contextmanager
+    def entered(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Iterator[None]:
+        depth = getattr(self._depth, "value", 0)
+        self._depth.value = depth + 1
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            self._depth.value = depth
+
+    def at_least_keeping(self) -> contextlib.AbstractContextManager[None]:
+        """Outside of every frame: save the value that a parameter has now, not the parameter, which goes away again."""
+        if getattr(self._depth, "value", 0):
+            return contextlib.nullcontext()
+        return self.entered(torch.Tensor.detach, _itself)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class Held:
+    """A tensor that is kept for backward, charged as long as this object lives."""
+
+    __slots__ = ("_book", "_key", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, book: TensorBook, what: str) -> None:
+        self._book = book
+        self._key = 0
+        self._key = book.hold(tensor, what)
+        self.tensor = tensor
+
+    def __del__(self) -> None:
+        self._book.drop(self._key)
+
+
+class SavedWeight:
+    """A view of a unit's storage, by its place."""
+
+    __slots__ = ("frame", "offset", "size", "stride", "unit")
+
+    def __init__(self, frame: Frame, unit: Unit, tensor: torch.Tensor) -> None:
+        self.frame = frame
+        self.unit = unit
+        self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+class SavedIndex:
+    """The index-th tensor that this frame's forward saved and dropped."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+
+class _Enough(Exception):
+    """Ends a recomputation once everything that was saved has been saved again."""
+
+
+class Frame:
+    """One call of one block: what it takes to give back every tensor that its forward saved."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        weights: Weights,
+        book: TensorBook,
+        hooks: HookStack,
+        *,
+        recompute: bool,
+        mutable_buffers: dict[str, bool],
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.needs_weights = False
+        self._forward = forward
+        self._weights = weights
+        self._book = book
+        self._hooks = hooks
+        self._recompute = recompute
+        self._mutable_buffers = mutable_buffers
+        self._saved: list[tuple[torch.Size, torch.dtype]] = []
+        self._again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
+        self._inputs: dict[int, Held] = {}  # storage → one input
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's forward, its saved tensors packed. The caller has its weights on the device."""
+        if not self._recompute:
+            with self._hooks.entered(self.pack, self.unpack):
+                return self._forward(*args, **kwargs)
+        self._args, self._kwargs = snapshot((args, kwargs), detach=True)
+        versions = []
+        for tensor in tensors_in((self._args, self._kwargs)):
+            held = Held(tensor, self._book, f"the inputs of {self.name}")
+            self._inputs.setdefault(tensor.untyped_storage()._cdata, held)
+            versions.append((tensor, tensor._version))
+        self._random = RandomState(self._device_of(versions))
+        self._autocast = Autocast()
+        self._state = ModuleState(self.module, self._mutable_buffers)
+        with self._hooks.entered(self.pack, self.unpack):
+            result = self._forward(*args, **kwargs)
+        self._state.after_forward()
+        if any(tensor._version != version for tensor, version in versions):
+            raise StateError(
+                f"Block {self.name} changes one of its inputs in place, so its forward cannot be run again in backward: "
+                "wrap with Config(activations='keep')."
+            )
+        return result
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        unit = self._weights.unit_of(tensor)
+        if unit is not None:
+            self.needs_weights = True
+            return SavedWeight(self, unit, tensor)
+        if not self._recompute:
+            return Held(tensor, self._book, f"what {self.name} saves")
+        if tensor.untyped_storage()._cdata in self._inputs:
+            return Held(tensor.detach(), self._book, f"the inputs of {self.name}")
+        self.needs_weights = True
+        self._saved.append((tensor.shape, tensor.dtype))
+        return SavedIndex(self, len(self._saved) - 1)
+
+    # Backward --------------------------------------------------------------------------------------------------------
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, Held):
+            return packed.tensor
+        if isinstance(packed, SavedWeight):
+            flat = self._weights.resident_view(packed.unit, self)
+            view = flat.as_strided(packed.size, packed.stride, packed.offset)
+            # A graph of the backward itself (create_graph) may keep it longer than the weights stay.
+            return view.clone() if torch.is_grad_enabled() else view
+        return self._recomputed(packed.index)
+
+    def _recomputed(self, index: int) -> torch.Tensor:
+        task = torch._C._current_graph_task_id()
+        tensors = self._again.get(task)
+        if tensors is None or index not in tensors:  # asked for twice (retain_graph, create_graph): run once more
+            self._weights.backward_of(self)
+            tensors = self._again[task] = self._run_again()
+        held = tensors.pop(index)
+        if not tensors:
+            del self._again[task]
+        return held.tensor
+
+    def _run_again(self) -> dict[int, Held]:
+        tensors: dict[int, Held] = {}
+        count = 0
+
+        def keep(tensor: torch.Tensor) -> Any:
+            nonlocal count
+            unit = self._weights.unit_of(tensor)
+            if unit is not None:
+                return SavedWeight(self, unit, tensor)
+            if tensor.untyped_storage()._cdata in self._inputs:
+                return tensor.detach()
+            if count < len(self._saved) and (tensor.shape, tensor.dtype) != self._saved[count]:
+                raise self._differs(count, (tensor.shape, tensor.dtype))
+            tensors[count] = Held(tensor.detach(), self._book, f"what {self.name} saves")
+            count += 1
+            if count == len(self._saved):
+                raise _Enough
+            return tensor.detach()
+
+        def give(packed: Any) -> torch.Tensor:
+            return self.unpack(packed) if isinstance(packed, SavedWeight) else packed
+
+        args, kwargs = snapshot((self._args, self._kwargs), detach=True)
+        with (
+            torch.profiler.record_function(f"fuyou::recompute {self.name}"),
+            RandomState(self._random.device).kept(),
+            self._autocast.entered(),
+            self._state.before_forward(),
+            torch.enable_grad(),
+            self._hooks.entered(keep, give),
+            contextlib.suppress(_Enough),
+        ):
+            self._random.restore()
+            self._forward(*args, **kwargs)
+        if count != len(self._saved):
+            raise self._differs(count, None)
+        return tensors
+
+    def _differs(self, count: int, got: tuple[torch.Size, torch.dtype] | None) -> StateError:
+        expected = f"{len(self._saved)} tensors" if got is None else f"{self._saved[count]} as tensor {count}"
+        seen = f"{count}" if got is None else f"{got}"
+        return StateError(
+            f"Block {self.name} saved {expected} in its forward and {seen} when it was run again for backward: its forward "
+            "depends on something that changed in between. Wrap with Config(activations='keep')."
+        )
+
+    def _device_of(self, versions: list[tuple[torch.Tensor, int]]) -> torch.device:
+        return next((tensor.device for tensor, _ in versions if tensor.device.type == "cuda"), torch.device("cpu"))
+
+
+class RandomState:
+    """Python's, numpy's and torch's generators as they are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state()  # noqa: NPY002 - the global generator is what models draw from
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self.device)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+class Autocast:
+    """The autocast settings of the CPU and of CUDA as they are now."""
+
+    def __init__(self) -> None:
+        self._settings = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+        ]
+        self._cache = torch.is_autocast_cache_enabled()
+
+    @property
+    def enabled(self) -> bool:
+        return any(enabled for _, enabled, _ in self._settings)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self._settings:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
+            yield

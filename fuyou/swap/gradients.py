@@ -1,0 +1,312 @@
+"""The gradients' resident: they leave the device parameter by parameter, to host memory or through it to NVMe."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+
+from fuyou.core.ledger import Ledger
+from fuyou.core.ticket import Ticket
+from fuyou.swap.ranges import Range, Staging, WriteBehind
+from fuyou.swap.unit import Chunk, Member
+from fuyou.swap.weights import chunks_of, overlap
+from fuyou.tiers.device import Device
+from fuyou.tiers.worker import Worker
+
+
+class Gradient:
+    """One accumulated gradient: the bytes at home, times `scales` in order, or `live` where somebody changed it.
+
+    `live` is a device tensor, charged, that holds the value while it is set; it is written home before it is next
+    used. `zero`: the value is zero, whatever the bytes say. `norm` is torch.linalg.vector_norm of the whole, where it
+    was computed while the gradient was on the device and nothing has scaled it since. `current`: the bytes at home
+    are this gradient's; a newer backward has taken them over otherwise, and `live` keeps the value.
+    """
+
+    __slots__ = ("current", "live", "member", "norm", "scales", "zero")
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.scales: list[float | torch.Tensor] = []
+        self.live: torch.Tensor | None = None
+        self.norm: torch.Tensor | None = None
+        self.zero = False
+        self.current = True
+
+
+class _Open:
+    """An NVMe chunk whose gradient is being put together in a staging lease."""
+
+    __slots__ = ("changed", "copies", "expected", "staging")
+
+    def __init__(self, staging: Staging, expected: set[Member]) -> None:
+        self.staging = staging
+        self.expected = expected  # parameters whose gradient has not come yet in this backward
+        self.copies: list[Ticket] = []
+        self.changed = False
+
+
+class Gradients:
+    """Takes gradients off the device (`take`), gives them back whole (`materialise`, `borrowed`), and hands chunks to the update.
+
+    A chunk on the host is written in place. A chunk on NVMe is put together in staging and written once when the last
+    of its parameters has come, so a small tensor costs no read-modify-write; where staging runs out, the oldest open
+    chunk is written as it is and read again when it goes on. Accumulation adds in the gradient's dtype, old + new.
+    Called by one thread at a time: the autograd thread during backward, the training thread otherwise.
+    """
+
+    def __init__(self, device: Device, ledger: Ledger, writes: WriteBehind) -> None:
+        self._device = device
+        self._ledger = ledger
+        self._writes = writes
+        self._open: OrderedDict[Chunk, _Open] = OrderedDict()
+        self._present: dict[Member, Gradient] = {}  # whose bytes are at home
+        self._closing: dict[Chunk, Ticket] = {}  # CUDA: writes that wait for copies off the device
+        self._copies: list[Ticket] = []  # CUDA: copies straight into host homes
+        self._outbound: Worker | None = None
+        self._norms_wanted = True
+        self._norms_asked = False
+        self._lock = threading.RLock()
+
+    def take(self, member: Member, new: torch.Tensor, old: Gradient | None) -> Gradient:
+        """`new` (the parameter's shape and dtype, device), added to `old` where there is one, becomes the gradient.
+
+        Changes `new` in place when it adds. Its memory may be freed on return (CUDA: the copy holds it).
+        """
+        with self._lock:
+            gradient = old if old is not None and old.current else Gradient(member)
+            new = new.detach().contiguous()
+            if old is not None:
+                self._add(new, old)
+            gradient.scales.clear()
+            gradient.zero = False
+            gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
+            self._write(member, new)
+            self._present[member] = gradient
+            return gradient
+
+    def end_backward(self) -> None:
+        """Write the chunks whose other parameters got no gradient in this backward."""
+        with self._lock:
+            for chunk in list(self._open):
+                self._close(chunk)
+
+    def end_step(self) -> None:
+        """Norms are computed on the way out only while somebody asks for them."""
+        self._norms_wanted, self._norms_asked = self._norms_asked, False
+
+    def before_update(self) -> None:
+        """Every byte is at home, or in a write that the engine orders before its read."""
+        with self._lock:
+            self.end_backward()
+            _wait_all(self._copies)
+            for ticket in self._closing.values():
+                ticket.wait()
+            self._closing.clear()
+
+    def norm_of(self, gradient: Gradient) -> torch.Tensor | None:
+        """vector_norm of the whole, when it is known: the bits that plain PyTorch computes."""
+        self._norms_asked = True
+        return gradient.norm if gradient.live is None and not gradient.scales and not gradient.zero else None
+
+    def materialise(self, gradient: Gradient) -> torch.Tensor:
+        """The value as a device tensor of the parameter's shape, charged; changes to it count from now on."""
+        with self._lock:
+            if gradient.live is None:
+                gradient.live = self._charged_value(gradient)
+                gradient.zero, gradient.norm = False, None
+                gradient.scales.clear()
+            return gradient.live
+
+    @contextlib.contextmanager
+    def borrowed(self, gradient: Gradient) -> Iterator[torch.Tensor]:
+        """The value as a device tensor for the length of a `with`; it must not be changed."""
+        with self._lock:
+            if gradient.live is not None:
+                yield gradient.live
+                return
+            value = self._charged_value(gradient)
+            try:
+                yield value
+            finally:
+                self._ledger.discharge("device", "gradients", value.numel() * value.itemsize)
+
+    def make_zero(self, gradient: Gradient) -> None:
+        with self._lock:
+            self._drop_live(gradient)
+            gradient.zero, gradient.norm = True, None
+            gradient.scales.clear()
+
+    def flush(self, gradient: Gradient) -> None:
+        """Bring the bytes at home up to date with `live` or `zero`, and drop `live`. Scales stay a list."""
+        with self._lock:
+            if gradient.zero:
+                self.materialise(gradient)
+            if gradient.live is None:
+                return
+            if not gradient.current and gradient.member in self._present:
+                self.save(self._present[gradient.member])
+            self._write(gradient.member, gradient.live)
+            gradient.current = True
+            self._present[gradient.member] = gradient
+            self._drop_live(gradient)
+
+    def adopt(self, gradient: Gradient, value: torch.Tensor) -> None:
+        """`value` ((the parameter's shape and dtype), device) was set as `p.grad` by hand."""
+        with self._lock:
+            if (present := self._present.get(gradient.member)) is not None:
+                self.save(present)
+            self._write(gradient.member, value.detach().contiguous())
+            self._present[gradient.member] = gradient
+
+    def save(self, gradient: Gradient) -> None:
+        """The bytes at home are about to be another gradient's: keep this one's value on the device."""
+        if gradient.current:
+            self.materialise(gradient)
+            gradient.current = False
+            self._present.pop(gradient.member, None)
+
+    def forget(self, gradient: Gradient) -> None:
+        """Nobody refers to it any more."""
+        with self._lock:
+            self._drop_live(gradient)
+            if gradient.current:
+                self._present.pop(gradient.member, None)
+
+    def close(self) -> None:
+        self._open.clear()
+        self._present.clear()
+        if self._outbound is not None:
+            self._outbound.close()
+            self._outbound = None
+
+    # Within ----------------------------------------------------------------------------------------------------------
+
+    def _charged_value(self, gradient: Gradient) -> torch.Tensor:
+        member = gradient.member
+        nbytes = member.entry.count * member.unit.dtype.itemsize
+        self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+        value = torch.zeros(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
+        if not gradient.zero:
+            flat = value.view(-1)
+            for chunk in chunks_of(member):
+                first, last, _ = overlap(member, chunk)
+                flat[first - member.entry.start : last - member.entry.start].copy_(self._part(member, chunk))
+            for scale in gradient.scales:
+                value.mul_(scale)
+        return value
+
+    def _add(self, new: torch.Tensor, old: Gradient) -> None:
+        """new += old: the same bits as old + new."""
+        if old.live is not None:
+            new.add_(old.live)
+            self._drop_live(old)
+            return
+        if old.zero:
+            new.add_(torch.zeros((), dtype=new.dtype, device=new.device))  # 0 + -0.0 is 0.0
+            return
+        member, flat = old.member, new.view(-1)
+        for chunk in chunks_of(member):
+            first, last, _ = overlap(member, chunk)
+            part = self._part(member, chunk)
+            # CUDA: on the compute stream; the copy that later overwrites these host bytes waits for that stream.
+            value = part.to(new.device, non_blocking=True) if self._device.is_cuda else part
+            if old.scales:
+                value = value.clone() if value is part else value
+                for scale in old.scales:
+                    value.mul_(scale)
+            flat[first - member.entry.start : last - member.entry.start].add_(value)
+
+    def _part(self, member: Member, chunk: Chunk) -> torch.Tensor:
+        """A parameter's part of a chunk's gradient bytes, on the host, valid until another chunk is opened."""
+        first, last, at = overlap(member, chunk)
+        gradient = _range_of(chunk)
+        if gradient.on_host:
+            _wait_all(self._copies)
+            data = gradient.home.data  # type: ignore[union-attr]
+        else:
+            opened = self._opened(chunk)
+            _wait_all(opened.copies)
+            data = opened.staging.views[0]
+        return data.view(member.unit.dtype)[at : at + last - first]
+
+    def _write(self, member: Member, value: torch.Tensor) -> None:
+        """Start the copies of a whole gradient to its chunks' bytes."""
+        flat = value.view(-1)
+        for chunk in chunks_of(member):
+            first, last, at = overlap(member, chunk)
+            source = flat[first - member.entry.start : last - member.entry.start]
+            gradient = _range_of(chunk)
+            if gradient.on_host:
+                target = gradient.home.data.view(member.unit.dtype)  # type: ignore[union-attr]
+                self._copies.append(self._device.copy_out(target[at : at + last - first], source))
+                if not self._device.is_cuda:
+                    self._copies.clear()
+                gradient.written = True
+                continue
+            opened = self._opened(chunk)
+            target = opened.staging.views[0].view(member.unit.dtype)
+            opened.copies.append(self._device.copy_out(target[at : at + last - first], source))
+            opened.changed = True
+            opened.expected.discard(member)
+            if not opened.expected:
+                self._close(chunk)
+
+    def _opened(self, chunk: Chunk) -> _Open:
+        """The chunk's gradient in staging, with what is at home already loaded."""
+        opened = self._open.get(chunk)
+        if opened is not None:
+            return opened
+        if (closing := self._closing.pop(chunk, None)) is not None:
+            closing.wait()
+        gradient = _range_of(chunk)
+        what = f"gradients of {chunk.unit.name}"
+        while (staging := self._writes.stage([gradient], what, wait=not self._open)) is None:
+            self._close(next(iter(self._open)))
+        members = {member for member, _, _ in chunk.parts}
+        if gradient.written and any(member in self._present for member in members):
+            staging.load().wait()
+        opened = self._open[chunk] = _Open(staging, members)
+        return opened
+
+    def _close(self, chunk: Chunk) -> None:
+        """Start writing an open chunk home; its staging is given back when that is done."""
+        opened = self._open.pop(chunk)
+        if not opened.changed:
+            opened.staging.release()
+            return
+        if not self._device.is_cuda:  # its copies were complete on return
+            self._writes.put(opened.staging.store(), opened.staging)
+            return
+        if self._outbound is None:
+            self._outbound = Worker("fuyou-gradients-out")
+
+        def run() -> None:
+            for ticket in opened.copies:
+                ticket.wait()
+            opened.staging.store().wait()
+
+        written = self._outbound.submit(run, f"gradients of {chunk.unit.name}")
+        self._closing[chunk] = written
+        self._writes.put(written, opened.staging)
+
+    def _drop_live(self, gradient: Gradient) -> None:
+        if gradient.live is not None:
+            self._ledger.discharge("device", "gradients", gradient.live.numel() * gradient.live.itemsize)
+            gradient.live = None
+
+
+def _range_of(chunk: Chunk) -> Range:
+    if chunk.gradient is None:
+        raise ValueError(f"Unit {chunk.unit.name} is frozen and has no gradient.")
+    return chunk.gradient
+
+
+def _wait_all(tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.wait()
+    tickets.clear()

@@ -1,0 +1,252 @@
+"""The optimizer state's resident: the update as a stream of chunks, and reading and writing single parameters' state."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from fuyou.core.ticket import Ticket
+from fuyou.swap.adam import AdamHyper, AdamKernels, torch_tail_width
+from fuyou.swap.ranges import Range, Staging, WriteBehind
+from fuyou.swap.unit import Chunk, Member, Unit
+from fuyou.swap.weights import chunks_of, overlap
+
+READ_AHEAD = 2  # chunks being read or waiting while one is updated; the one before is being written
+
+
+@dataclass(frozen=True)
+class MemberUpdate:
+    """What one step does to one parameter: torch's step count after it, and the gradient's scales in order."""
+
+    hyper: AdamHyper
+    step: int
+    scales: tuple[float, ...]
+
+
+class UpdateStream:
+    """Runs the update chunk by chunk: reads i+1, updates i, writes i−1 at once; host memory is that of the chunks.
+
+    `run` may be called from any thread, with any order of chunks; `stall` is entered around each wait with its cause.
+    """
+
+    def __init__(
+        self, kernels: AdamKernels, writes: WriteBehind, stall: Callable[[str], AbstractContextManager]
+    ) -> None:
+        self._kernels = kernels
+        self._writes = writes
+        self._stall = stall
+
+    def run(self, chunks: Iterable[Chunk], updates: dict[Member, MemberUpdate]) -> None:
+        """Apply `updates` to every chunk that holds one of their parameters; the others are not touched."""
+        loading: deque[tuple[Chunk, Staging, Ticket]] = deque()
+        todo = iter([chunk for chunk in chunks if any(member in updates for member, _, _ in chunk.parts)])
+        upcoming = next(todo, None)
+        try:
+            while upcoming is not None or loading:
+                while upcoming is not None and len(loading) < READ_AHEAD:
+                    with self._stall("nvme_write"):  # room comes from the oldest write
+                        staging = self._writes.stage(
+                            _ranges(upcoming), f"the update of {upcoming.unit.name}", wait=not loading
+                        )
+                    if staging is None:
+                        break
+                    loading.append((upcoming, staging, _load(staging)))
+                    upcoming = next(todo, None)
+                chunk, staging, loaded = loading[0]
+                with self._stall("nvme_read"):
+                    loaded.wait()
+                loading.popleft()
+                with self._stall("adam"), torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
+                    self._apply(chunk, staging, updates)
+                self._writes.put(staging.store(0, 1), staging)
+        finally:
+            for _, staging, loaded in loading:  # only after an error: no buffer is given back under a read
+                _settle(loaded)
+                staging.release()
+
+    def _apply(self, chunk: Chunk, staging: Staging, updates: dict[Member, MemberUpdate]) -> None:
+        unit = chunk.unit
+        weights = staging.views[0].view(unit.dtype)
+        low, exp_avg, exp_avg_sq = unit.state_views(staging.views[1], chunk.count)
+        gradient = staging.views[2].view(unit.dtype)
+        for member, first, last in chunk.parts:
+            update = updates.get(member)
+            if update is None:
+                continue
+            at = slice(first - chunk.start, last - chunk.start)
+            tail = member.entry.count % torch_tail_width() if last == member.entry.stop else 0
+            if low is None:
+                self._kernels.step_fp32(
+                    weights[at], exp_avg[at], exp_avg_sq[at], gradient[at],
+                    tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
+                )  # fmt: skip
+            else:
+                self._kernels.step_split(
+                    weights[at], low[at], exp_avg[at], exp_avg_sq[at], gradient[at],
+                    tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
+                )  # fmt: skip
+
+
+class StateAccess:
+    """A parameter's master weights and moments, read and written whole or by parts; used between steps."""
+
+    def __init__(self, kernels: AdamKernels, writes: WriteBehind) -> None:
+        self._kernels = kernels
+        self._writes = writes
+
+    def read(self, member: Member, kind: str) -> torch.Tensor:
+        """`kind` "exp_avg" | "exp_avg_sq" | "master": a new fp32 host tensor of the parameter's shape.
+
+        exp_avg_sq comes without the tie bit that the split master keeps in its sign.
+        """
+        result = torch.empty(member.entry.count, dtype=torch.float32)
+        for target, part in zip(_parts_of(result, member), self.read_parts(member, kind), strict=True):
+            target.copy_(part)
+        return result.view(member.entry.shape)
+
+    def read_parts(self, member: Member, kind: str) -> Iterator[torch.Tensor]:
+        """The same, a chunk's part at a time; each is valid until the next is asked for."""
+        for chunk in chunks_of(member):
+            with _Loaded(self._writes, chunk) as (weights, low, exp_avg, exp_avg_sq):
+                first, last, at = overlap(member, chunk)
+                part = slice(at, at + last - first)
+                if kind == "exp_avg":
+                    yield exp_avg[part]
+                elif kind == "exp_avg_sq":
+                    yield exp_avg_sq[part].abs()
+                elif low is None:
+                    yield weights[part].float()
+                else:
+                    master = torch.empty(last - first, dtype=torch.float32)
+                    self._kernels.merge(weights[part], low[part], exp_avg_sq[part], master)
+                    yield master
+
+    def write(self, member: Member, values: dict[str, torch.Tensor]) -> None:
+        """Replace any of exp_avg, exp_avg_sq, master by host or device tensors of the parameter's shape."""
+        flat = {kind: value.detach().reshape(-1) for kind, value in values.items()}
+        for chunk in chunks_of(member):
+            loaded = _Loaded(self._writes, chunk)
+            with loaded as (weights, low, exp_avg, exp_avg_sq):
+                first, last, at = overlap(member, chunk)
+                part = slice(at, at + last - first)
+                source = slice(first - member.entry.start, last - member.entry.start)
+                master = flat["master"][source].to("cpu", torch.float32).contiguous() if "master" in flat else None
+                if low is not None and master is None and "exp_avg_sq" in flat:  # the tie bit lives in exp_avg_sq
+                    master = torch.empty(last - first, dtype=torch.float32)
+                    self._kernels.merge(weights[part], low[part], exp_avg_sq[part], master)
+                if "exp_avg" in flat:
+                    exp_avg[part].copy_(flat["exp_avg"][source])
+                if "exp_avg_sq" in flat:
+                    exp_avg_sq[part].copy_(flat["exp_avg_sq"][source])
+                if master is not None and low is not None:
+                    self._kernels.split(master, weights[part], low[part], exp_avg_sq[part])
+                elif master is not None:
+                    weights[part].copy_(master)
+                loaded.store()
+
+
+def fill(unit: Unit, kernels: AdamKernels, writes: WriteBehind, states: dict[Member, dict[str, torch.Tensor]]) -> None:
+    """Write a unit's parameters, as they are now, and what state there is already, to their homes.
+
+    State that is zero is not written at all: a chunk without written state starts from zeros.
+    """
+    for chunk in unit.chunks:
+        members = [member for member, _, _ in chunk.parts]
+        with_state = chunk.state is not None and (
+            any(member in states for member in members)
+            or (unit.split and any(member.parameter.dtype is not torch.bfloat16 for member in members))
+        )
+        ranges = [chunk.weights, chunk.state] if with_state and chunk.state is not None else [chunk.weights]
+        staging = writes.stage(ranges, f"the weights of {unit.name}")
+        if staging is None:
+            raise MemoryError(f"no staging for {unit.name}")  # stage(wait=True) waits or raises
+        for view in staging.views:
+            view.zero_()
+        weights = staging.views[0].view(unit.dtype)
+        for member, first, last in chunk.parts:
+            at = slice(first - chunk.start, last - chunk.start)
+            source = slice(first - member.entry.start, last - member.entry.start)
+            value = member.parameter.detach().reshape(-1)[source]
+            if not with_state:
+                weights[at].copy_(value)
+                continue
+            low, exp_avg, exp_avg_sq = unit.state_views(staging.views[1], chunk.count)
+            state = states.get(member, {})
+            if "exp_avg" in state:
+                exp_avg[at].copy_(state["exp_avg"].reshape(-1)[source])
+                exp_avg_sq[at].copy_(state["exp_avg_sq"].reshape(-1)[source])
+            if low is None:
+                weights[at].copy_(value)
+            else:
+                master = state["master"].reshape(-1)[source] if "master" in state else value
+                kernels.split(master.to("cpu", torch.float32).contiguous(), weights[at], low[at], exp_avg_sq[at])
+        writes.put(staging.store(), staging)
+
+
+class _Loaded:
+    """A chunk's weights and state in host memory for the length of a `with`: (weights, low, exp_avg, exp_avg_sq)."""
+
+    def __init__(self, writes: WriteBehind, chunk: Chunk) -> None:
+        self._writes = writes
+        self._chunk = chunk
+        self._written: Ticket | None = None
+
+    def __enter__(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        staging = self._writes.stage(_ranges(self._chunk)[:2], f"the state of {self._chunk.unit.name}")
+        if staging is None:
+            raise MemoryError("no staging")  # stage(wait=True) waits or raises
+        self._staging = staging
+        loaded = _load(staging)
+        try:
+            loaded.wait()
+        except BaseException:
+            staging.release()
+            raise
+        return (
+            staging.views[0].view(self._chunk.unit.dtype),
+            *self._chunk.unit.state_views(staging.views[1], self._chunk.count),
+        )
+
+    def store(self) -> None:
+        self._written = self._staging.store()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._written is not None:
+                self._written.wait()
+        finally:
+            self._staging.release()
+
+
+def _ranges(chunk: Chunk) -> Sequence[Range]:
+    """weights, state, gradient of a chunk that is optimized."""
+    if chunk.state is None or chunk.gradient is None:
+        raise ValueError(f"Unit {chunk.unit.name} has no optimizer state.")
+    return (chunk.weights, chunk.state, chunk.gradient)
+
+
+def _load(staging: Staging) -> Ticket:
+    """Start reading what was ever written; state that was not starts from zeros."""
+    unwritten = [index for index, each in enumerate(staging.ranges) if not each.written]
+    for index in unwritten:
+        staging.views[index].zero_()
+    return staging.load(
+        *(index for index in range(len(staging.ranges)) if index not in unwritten)
+    )  # weights always are
+
+
+def _parts_of(whole: torch.Tensor, member: Member) -> Iterator[torch.Tensor]:
+    for chunk in chunks_of(member):
+        first, last, _ = overlap(member, chunk)
+        yield whole[first - member.entry.start : last - member.entry.start]
+
+
+def _settle(ticket: Ticket) -> None:
+    try:
+        ticket.wait()
+    except Exception:  # noqa: BLE001 - an earlier error is on its way already
+        return

@@ -1,0 +1,159 @@
+"""What a block's forward can change beside its result, taken before it runs so that it can run again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"forward"}  # hooks, parameters, buffers, submodules, training
+
+
+def snapshot(value: Any, *, detach: bool = False, objects: bool = True, _seen: dict[int, Any] | None = None) -> Any:
+    """A structural copy: containers and (with `objects`) plain objects are copied, tensors and modules are shared.
+
+    `detach`: tensors that require grad are replaced by detached leaves that require it too, so that the copy holds no
+    autograd graph. What occurs twice stays the same object.
+    """
+    seen: dict[int, Any] = {} if _seen is None else _seen
+    if isinstance(value, _ATOMS) or isinstance(value, (nn.Module, nn.Parameter)) or callable(value):
+        return value
+    if id(value) in seen:
+        return seen[id(value)][1]
+
+    def inner(item: Any) -> Any:
+        return snapshot(item, detach=detach, objects=objects, _seen=seen)
+
+    result: Any
+    if isinstance(value, torch.Tensor):
+        result = value.detach().requires_grad_(value.requires_grad) if detach else value
+    elif isinstance(value, tuple):
+        items = [inner(item) for item in value]
+        result = type(value)(*items) if hasattr(value, "_fields") else tuple(items) if type(value) is tuple else value
+    elif isinstance(value, list):
+        result = copy.copy(value)
+        seen[id(value)] = (value, result)
+        result[:] = [inner(item) for item in value]
+    elif isinstance(value, dict):
+        result = copy.copy(value)
+        seen[id(value)] = (value, result)
+        for key, item in value.items():
+            copied = inner(item)
+            if copied is not item:
+                result[key] = copied
+    elif isinstance(value, set):
+        result = set(value)
+    elif objects and hasattr(value, "__dict__"):
+        result = copy.copy(value)
+        seen[id(value)] = (value, result)
+        for name, item in list(vars(value).items()):
+            result.__dict__[name] = inner(item)
+    else:
+        result = value
+    seen[id(value)] = (value, result)  # the original too: its id must not be reused while this runs
+    return result
+
+
+def tensors_in(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Every distinct tensor in a structure that `snapshot` copies; parameters are not inputs."""
+    seen = set() if _seen is None else _seen
+    if isinstance(value, (*_ATOMS, nn.Module, nn.Parameter)) or callable(value) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, seen)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value), seen)
+
+
+class ModuleState:
+    """Attributes and buffers of a module tree before a forward: attributes by identity, containers by their items.
+
+    Only buffers that were seen to change are copied before each call; the first call of a block copies all of them to
+    find out (`mutable`, by qualified name, is the block's memory of it).
+    """
+
+    def __init__(self, module: nn.Module, mutable: dict[str, bool]) -> None:
+        self._mutable = mutable
+        self._attributes = [
+            (child, {name: snapshot(item, objects=False) for name, item in _own(child).items()})
+            for child in module.modules()
+        ]
+        self._buffers = [
+            (name, buffer, buffer._version, buffer.detach().clone() if mutable.get(name, True) else None)
+            for name, buffer in module.named_buffers()
+        ]
+
+    def after_forward(self) -> None:
+        """Learn what changed, and keep only that."""
+        kept = []
+        for name, buffer, version, before in self._buffers:
+            changed = buffer._version != version
+            if changed and before is None:
+                raise RuntimeError(
+                    f"buffer {name} changed in a forward for the first time after the block's first call"
+                )
+            self._mutable[name] = changed or self._mutable.get(name, False)
+            if changed:
+                kept.append((name, buffer, version, before))
+        self._buffers = kept
+        self._attributes = [(child, before) for child, before in self._attributes if _changed(child, before)]
+
+    @contextlib.contextmanager
+    def before_forward(self) -> Iterator[None]:
+        """As it was before the call, for the length of the `with`; then as it is now again."""
+        attributes = [(child, _own(child)) for child, _ in self._attributes]
+        buffers = [(buffer, buffer.detach().clone()) for _, buffer, _, _ in self._buffers]
+        try:
+            for child, before in self._attributes:
+                _replace(child, snapshot(before, objects=False))
+            with torch.no_grad():
+                for _, buffer, _, before in self._buffers:
+                    buffer.detach().copy_(before)  # type: ignore[arg-type]
+            yield
+        finally:
+            for child, now in attributes:
+                _replace(child, now)
+            with torch.no_grad():
+                for buffer, now_value in buffers:
+                    buffer.detach().copy_(now_value)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: item for name, item in vars(module).items() if name not in _MODULE_INTERNALS}
+
+
+def _replace(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name in list(_own(module)):
+        if name not in attributes:
+            del module.__dict__[name]
+    module.__dict__.update(attributes)
+
+
+def _changed(module: nn.Module, before: dict[str, Any]) -> bool:
+    now = _own(module)
+    return now.keys() != before.keys() or any(not _same(before[name], item) for name, item in now.items())
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal as far as a forward could tell: containers by their items, everything else by identity or plain value."""
+    if before is now:
+        return True
+    if type(before) is not type(now):
+        return False
+    if isinstance(now, (list, tuple)):
+        return len(before) == len(now) and all(_same(a, b) for a, b in zip(before, now, strict=True))
+    if isinstance(now, dict):
+        return before.keys() == now.keys() and all(_same(before[key], item) for key, item in now.items())
+    return isinstance(now, (bool, int, float, str, bytes, set)) and before == now

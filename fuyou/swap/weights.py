@@ -1,0 +1,283 @@
+"""The weights' resident: which units are on the device, and the three verbs that move them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from fuyou.core.errors import BudgetError, StateError
+from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import format_bytes
+from fuyou.core.ticket import DONE, Ticket
+from fuyou.swap.unit import Chunk, Member, Residency, Unit
+from fuyou.tiers.device import Device
+from fuyou.tiers.host import Arena
+from fuyou.tiers.worker import Worker
+
+BUFFERS = 2  # staging buffers of the inbound worker: one is read into while the other is copied from
+
+
+class Swapper:
+    """At most `limit_bytes` of units on the device: `fetch` starts, `get` waits on the compute stream, `release` frees.
+
+    A released unit stays READY until its room is wanted: least recently used goes first. The caller's thread changes
+    states and allocates; one inbound worker reads NVMe and queues copies, in the order of the fetches. The lock makes
+    the autograd thread and a second training thread safe; the worker never takes it.
+
+    `bind` and `unbind` are told when a unit's parameters become views of its storage, and placeholders again.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        arena: Arena,
+        ledger: Ledger,
+        inbound: Worker,
+        limit_bytes: int,
+        buffer_bytes: int,
+        bind: Callable[[Unit], None],
+        unbind: Callable[[Unit], None],
+    ) -> None:
+        self._device = device
+        self._ledger = ledger
+        self._inbound = inbound
+        self._limit_bytes = limit_bytes
+        self._bind = bind
+        self._unbind = unbind
+        self._lock = threading.RLock()
+        self._resident: OrderedDict[Unit, None] = OrderedDict()  # least recently used first
+        self._resident_bytes = 0
+        self._by_storage: dict[int, Unit] = {}
+        # The worker's own: a fetch can then never wait for memory that its waiter holds.
+        self._buffers = [arena.lease(buffer_bytes, "staging") for _ in range(BUFFERS)] if buffer_bytes else []
+        self._buffer_copies: list[Ticket] = [DONE] * BUFFERS
+
+    def adopt(self, unit: Unit) -> None:
+        """Take charge of a packed unit."""
+        self._by_storage[unit.storage._cdata] = unit
+
+    def unit_of(self, tensor: torch.Tensor) -> Unit | None:
+        """The unit whose storage `tensor` is a view of."""
+        return self._by_storage.get(tensor.untyped_storage()._cdata)
+
+    # The three verbs -------------------------------------------------------------------------------------------------
+
+    def fetch(self, unit: Unit, *, needed: bool = False) -> bool:
+        """Start bringing a unit in; True when it is on its way or there. A hint (not `needed`) gives up for want of room."""
+        with self._lock:
+            if unit.residency is not Residency.ABSENT:
+                self._resident.move_to_end(unit)
+                return True
+            if unit not in self._resident:  # a pinned unit whose weights went stale keeps its memory
+                if not self._make_room(unit, needed):
+                    return False
+                unit.storage.resize_(unit.nbytes)
+                self._resident[unit] = None
+                self._resident_bytes += unit.nbytes
+            unit.residency = Residency.LOADING
+            ready = self._device.mark()  # the copies wait for the kernels that used this memory before
+            unit.arrival = self._inbound.submit(lambda: self._load(unit, ready), f"the weights of {unit.name}")
+            return True
+
+    def get(self, unit: Unit) -> None:
+        """Weights usable by what is queued on the compute stream from now on; parameters are bound to them."""
+        with self._lock:
+            self.fetch(unit, needed=True)
+            unit.users += 1
+            if unit.residency is Residency.IN_USE:
+                return
+            try:
+                unit.arrival.wait()
+            except BaseException:
+                unit.users -= 1
+                self._drop(unit)
+                raise
+            self._device.join(unit.copied)
+            unit.residency = Residency.IN_USE
+            self._bind(unit)
+
+    def release(self, unit: Unit) -> None:
+        """One user less. The memory is reused only by work queued after this (compute-stream order on CUDA)."""
+        with self._lock:
+            if unit.residency is not Residency.IN_USE or unit.users < 1:
+                raise StateError(
+                    f"Unit {unit.name} was released in state {unit.residency.name} with {unit.users} users."
+                )
+            unit.users -= 1
+            if unit.users == 0:
+                self._unbind(unit)
+                unit.residency = Residency.READY
+
+    # Around the verbs ------------------------------------------------------------------------------------------------
+
+    def invalidate(self, unit: Unit) -> None:
+        """The bytes at home have changed: what is on the device is stale and goes."""
+        with self._lock:
+            if unit.residency is Residency.IN_USE:
+                raise StateError(f"The weights of {unit.name} were changed while {unit.users} blocks use them.")
+            if unit.residency is not Residency.ABSENT:
+                self._drop(unit)
+
+    def pin(self, unit: Unit) -> None:
+        """Keep a unit's device memory from now on: it is read outside of its blocks, and autograd may hold raw views."""
+        with self._lock:
+            if not unit.pinned:
+                self.fetch(unit, needed=True)
+                unit.pinned = True
+                self._limit_bytes += unit.nbytes
+
+    def drop_all(self) -> None:
+        """Give back all device memory of units (closing)."""
+        with self._lock:
+            for unit in list(self._resident):
+                unit.users, unit.pinned = 0, False
+                self._drop(unit)
+
+    def close(self) -> None:
+        self.drop_all()
+        for buffer in self._buffers:
+            buffer.release()
+        self._buffers = []
+        self._by_storage.clear()
+
+    # Reading and writing single parameters, through the same worker and its buffers ---------------------------------
+
+    def read_member(self, member: Member, target: torch.Tensor) -> None:
+        """Copy a parameter's current value to `target` ((numel,), its dtype, any device)."""
+
+        def run() -> None:
+            with self._device.guard():
+                for chunk, weights in self._chunks(chunks_of(member)):
+                    first, last, at = overlap(member, chunk)
+                    source = weights.view(member.unit.dtype)[at : at + last - first]
+                    target[first - member.entry.start : last - member.entry.start].copy_(source)
+
+        self._inbound.submit(run, f"reading {member.name}").wait()
+
+    def write_member(self, member: Member, source: torch.Tensor) -> None:
+        """Make `source` ((numel,), the parameter's dtype, any device) the parameter's value at home."""
+
+        def run() -> None:
+            with self._device.guard():
+                for chunk, weights in self._chunks(chunks_of(member)):
+                    first, last, at = overlap(member, chunk)
+                    target = weights.view(member.unit.dtype)[at : at + last - first]
+                    target.copy_(source[first - member.entry.start : last - member.entry.start])
+                    if not chunk.weights.on_host:
+                        chunk.weights.home.write(weights.data_ptr(), weights).wait()  # type: ignore[union-attr]
+
+        self.invalidate(member.unit)
+        self._inbound.submit(run, f"writing {member.name}").wait()
+
+    # Within ----------------------------------------------------------------------------------------------------------
+
+    def _chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """(chunk, its weights as host bytes) in order, the next one's read under way. On the worker's thread only."""
+        reads: dict[int, tuple[torch.Tensor, Ticket]] = {}
+
+        def start(index: int) -> None:
+            weights = chunks[index].weights
+            if weights.on_host:
+                reads[index] = (weights.home.data, DONE)  # type: ignore[union-attr]
+                return
+            turn = index % BUFFERS
+            self._buffer_copies[turn].wait()  # its last copy to the device has ended
+            view = self._buffers[turn].data[: weights.nbytes]
+            reads[index] = (view, weights.home.read(view.data_ptr(), self._buffers[turn]))  # type: ignore[union-attr]
+
+        try:
+            for index, chunk in enumerate(chunks):
+                if index not in reads:
+                    start(index)
+                view, read = reads[index]
+                read.wait()
+                # The other buffer was handed out one chunk ago, and its user is done with it (or left a ticket).
+                if index + 1 < len(chunks):
+                    start(index + 1)
+                yield chunk, view
+                del reads[index]
+        finally:
+            for _, read in reads.values():  # an error above: nobody may reuse a buffer that is being read into
+                _settle(read)
+
+    def _load(self, unit: Unit, ready: torch.cuda.Event | None) -> None:
+        with self._device.guard():
+            copied: Ticket = DONE
+            for index, (chunk, weights) in enumerate(self._chunks(unit.chunks)):
+                size = self.flat_slice(unit, chunk)
+                copied = self._device.copy_in(size, weights[: size.numel()], ready)
+                if not chunk.weights.on_host:
+                    self._buffer_copies[index % BUFFERS] = copied
+            unit.copied = copied
+
+    @staticmethod
+    def flat_slice(unit: Unit, chunk: Chunk) -> torch.Tensor:
+        """A chunk's bytes within the unit's device storage."""
+        itemsize = unit.dtype.itemsize
+        return unit.flat_bytes[chunk.start * itemsize : chunk.stop * itemsize]
+
+    def _make_room(self, unit: Unit, needed: bool) -> bool:
+        """Charge the unit, after evicting what nobody uses. On True it is charged."""
+        while True:
+            fits = self._resident_bytes + unit.nbytes <= self._limit_bytes
+            if fits and self._ledger.try_charge("device", "weights", unit.nbytes):
+                return True
+            victim = self._victim(needed)
+            if victim is not None:
+                self._drop(victim)
+                continue
+            if not needed:
+                return False
+            try:  # nothing left to evict: beyond the slots' share, but within the budget or not at all
+                self._ledger.charge("device", "weights", unit.nbytes, unit.name)
+                return True
+            except BudgetError as error:
+                in_use = ", ".join(each.name for each in self._resident)
+                raise BudgetError(
+                    f"{error} On the device at once: {in_use or 'no other block'}, and {unit.name} "
+                    f"({format_bytes(unit.nbytes)}).",
+                    tier="device", needed_bytes=error.needed_bytes, given_bytes=error.given_bytes,
+                ) from None  # fmt: skip
+
+    def _victim(self, needed: bool) -> Unit | None:
+        idle = [unit for unit in self._resident if not unit.pinned and unit.users == 0]
+        ready = [unit for unit in idle if unit.residency is Residency.READY]
+        loading = [unit for unit in idle if unit.residency is Residency.LOADING]  # a hint that was wrong
+        return next(iter(ready or (loading if needed else [])), None)
+
+    def _drop(self, unit: Unit) -> None:
+        """→ ABSENT. The memory goes too, a pinned unit's excepted."""
+        if unit.residency is Residency.LOADING:
+            _settle(unit.arrival)  # its error belongs to a get, and there will be none
+        if unit.residency is Residency.IN_USE:
+            self._unbind(unit)
+        self._device.join(unit.copied)  # the memory is freed in compute-stream order, so behind the copies
+        unit.residency = Residency.ABSENT
+        if unit.pinned:
+            return
+        unit.storage.resize_(0)
+        self._resident.pop(unit)
+        self._resident_bytes -= unit.nbytes
+        self._ledger.discharge("device", "weights", unit.nbytes)
+
+
+def chunks_of(member: Member) -> list[Chunk]:
+    entry = member.entry
+    return [each for each in member.unit.chunks if each.start < entry.stop and each.stop > entry.start]
+
+
+def overlap(member: Member, chunk: Chunk) -> tuple[int, int, int]:
+    """(first, past-the-last element within the unit, first's place within the chunk) of a parameter in a chunk."""
+    first, last = max(member.entry.start, chunk.start), min(member.entry.stop, chunk.stop)
+    return first, last, first - chunk.start
+
+
+def _settle(ticket: Ticket) -> None:
+    try:
+        ticket.wait()
+    except Exception:  # noqa: BLE001 - whoever needs the bytes will start again and meet the error
+        return

@@ -1,0 +1,120 @@
+"""The device tier: the streams of one device and the copies over its link. A CPU stands in for a GPU without one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from typing import Any
+
+import torch
+
+from fuyou.core.errors import ConfigError
+from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
+
+
+class EventTicket:
+    """A copy queued on a CUDA stream: done when the event recorded behind it is; keeps both ends alive until then."""
+
+    __slots__ = ("_keep", "event")
+
+    def __init__(self, event: torch.cuda.Event, keep: tuple[Any, ...]) -> None:
+        self.event = event
+        self._keep = keep
+
+    def done(self) -> bool:
+        return self.event.query()
+
+    def wait(self, timeout_s: float = DEADLINE_S) -> None:
+        self.event.synchronize()  # only worker threads and step() come here; the compute stream uses Device.join
+        self._keep = ()
+
+
+class Device:
+    """Copies host ↔ device, counted in bytes, and what orders them against compute.
+
+    CUDA: two side streams. A copy in waits for `ready`, an event of the compute stream recorded when its target was
+    allocated (the caching allocator hands out memory in compute-stream order, so earlier kernels may still be using
+    it). A copy out waits for everything queued on the compute stream so far. The compute stream waits for a copy in by
+    `join`; nothing here blocks the host.
+
+    CPU: the same calls are memcpy, complete on return.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self.host_to_device_bytes = 0
+        self.device_to_host_bytes = 0
+        self._counting = threading.Lock()
+        if self.is_cuda:
+            self.h2d_stream = torch.cuda.Stream(device)
+            self.d2h_stream = torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind all that the compute stream holds so far (None on a CPU)."""
+        return torch.cuda.current_stream(self.device).record_event() if self.is_cuda else None
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, ready: torch.cuda.Event | None = None) -> Ticket:
+        """host → device. `target` and `source`: contiguous, equal bytes."""
+        nbytes = source.numel() * source.itemsize
+        with self._counting:
+            self.host_to_device_bytes += nbytes
+        if not self.is_cuda:
+            copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+            return DONE
+        with torch.cuda.stream(self.h2d_stream):
+            if ready is not None:
+                self.h2d_stream.wait_event(ready)
+            target.copy_(source, non_blocking=True)
+            return EventTicket(self.h2d_stream.record_event(), (target, source))
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
+        """device → host, after all that the compute stream holds so far. Contiguous, equal bytes."""
+        nbytes = source.numel() * source.itemsize
+        with self._counting:
+            self.device_to_host_bytes += nbytes
+        if not self.is_cuda:
+            copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+            return DONE
+        ready = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.d2h_stream):
+            self.d2h_stream.wait_event(ready)
+            target.copy_(source, non_blocking=True)
+            # The source's memory may be freed by autograd at once: the allocator must not hand it out before this copy.
+            source.record_stream(self.d2h_stream)
+            return EventTicket(self.d2h_stream.record_event(), (target, source))
+
+    def join(self, ticket: Ticket) -> None:
+        """The compute stream waits for a copy in; the host does not."""
+        if isinstance(ticket, EventTicket):
+            torch.cuda.current_stream(self.device).wait_event(ticket.event)
+
+    def guard(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes this the current CUDA device in a worker thread."""
+        return torch.cuda.device(self.device) if self.is_cuda else contextlib.nullcontext()
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to train on: as named, else cuda when there is one. ConfigError for what torch does not have."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r} is no device that torch knows: use 'cuda', 'cuda:1' or 'cpu'.") from error
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ConfigError(f"device={device!r} is not supported: use 'cuda', 'cuda:1' or 'cpu'.")
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or (resolved.index or 0) >= count:
+        raise ConfigError(
+            f"device={device!r} was asked for and torch sees {count} CUDA devices: use device='cpu' or mend the driver."
+        )
+    return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+
+
+def copy_bytes(target: int, source: int, nbytes: int) -> None:
+    """memcpy between addresses; releases the GIL, and unlike torch's copy_ starts no second team of threads."""
+    ctypes.memmove(target, source, nbytes)

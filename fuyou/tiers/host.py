@@ -1,0 +1,142 @@
+"""The host tier: one arena of page-aligned memory, leased by byte ranges."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+
+import torch
+
+from fuyou.core.errors import BudgetError, DeadlineError, StateError
+from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import align_up, format_bytes
+from fuyou.core.ticket import DEADLINE_S
+
+PAGE_BYTES = 4096
+
+
+class Lease:
+    """A page-aligned host byte range with one holder at a time, charged to the ledger under its category.
+
+    `address` is its first byte, `data` a (nbytes,) uint8 host tensor over it. `release` gives it back, once.
+    """
+
+    __slots__ = ("_arena", "address", "category", "data", "nbytes", "offset")
+
+    def __init__(self, arena: Arena, offset: int, nbytes: int, category: str) -> None:
+        self._arena: Arena | None = arena
+        self.offset = offset
+        self.nbytes = nbytes
+        self.category = category
+        self.address = arena.address + offset
+        self.data = arena.bytes[offset : offset + nbytes]
+
+    def release(self) -> None:
+        if self._arena is None:
+            raise StateError(f"A host lease of {self.nbytes} bytes at offset {self.offset} was released twice.")
+        arena, self._arena = self._arena, None
+        arena.give_back(self)
+
+
+class Arena:
+    """One anonymous mapping of exactly `nbytes` (rounded up to a page), sub-allocated first-fit.
+
+    torch's pinned allocator rounds every block up to a power of two (pytorch#150517); this one rounds to the page. A
+    forked child does not inherit it (MADV_DONTFORK), so DataLoader workers neither double it nor copy it on write.
+    With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
+    """
+
+    def __init__(self, nbytes: int, ledger: Ledger, *, pin: bool = False) -> None:
+        self.nbytes = align_up(max(nbytes, PAGE_BYTES), PAGE_BYTES)
+        self.note = ""
+        self.pinned = False
+        self._ledger = ledger
+        self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), sorted, never adjacent
+        self._changed = threading.Condition()
+        self._leases = 0
+        self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._map.madvise(mmap.MADV_DONTFORK)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.bytes.data_ptr()
+        if pin:
+            self._pin()
+
+    @property
+    def lease_count(self) -> int:
+        return self._leases
+
+    def try_lease(self, nbytes: int, category: str) -> Lease | None:
+        """A lease where a free range is large enough now, else None."""
+        with self._changed:
+            return self._take(nbytes, category)
+
+    def lease(self, nbytes: int, category: str, what: str = "", timeout_s: float = DEADLINE_S) -> Lease:
+        """A lease of `nbytes`, waiting for others to release. BudgetError where the arena can never hold it."""
+        if align_up(nbytes, PAGE_BYTES) > self.nbytes:
+            raise BudgetError(
+                f"{what or category} needs {format_bytes(nbytes)} of host memory in one piece and the arena made from "
+                f"the ram budget has {format_bytes(self.nbytes)}: give ram at least {nbytes - self.nbytes} bytes more.",
+                tier="host", needed_bytes=nbytes, given_bytes=self.nbytes,
+            )  # fmt: skip
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while (lease := self._take(nbytes, category)) is None:
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise DeadlineError(
+                        f"Waited {timeout_s:.0f} s for {format_bytes(nbytes)} of host memory for {what or category}: "
+                        f"{self._leases} leases hold the {format_bytes(self.nbytes)} arena and none came back."
+                    )
+            return lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Called by Lease.release only."""
+        with self._changed:
+            size = align_up(lease.nbytes, PAGE_BYTES)
+            self._free.append((lease.offset, size))
+            self._free.sort()
+            merged: list[tuple[int, int]] = []
+            for offset, nbytes in self._free:
+                if merged and sum(merged[-1]) == offset:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + nbytes)
+                else:
+                    merged.append((offset, nbytes))
+            self._free = merged
+            self._leases -= 1
+            self._ledger.discharge("host", lease.category, size)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give the pages back to the system, whoever still holds a view. Idempotent."""
+        if self._map is None:
+            return
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+        self._map.madvise(mmap.MADV_DONTNEED)  # a view that outlives us reads zeros, and costs nothing
+        mapping, self._map = self._map, None
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        try:
+            mapping.close()
+        except BufferError:  # a lease's view is still referenced: unmapped when the last one goes
+            pass
+
+    def _take(self, nbytes: int, category: str) -> Lease | None:
+        size = align_up(nbytes, PAGE_BYTES)
+        for index, (offset, free) in enumerate(self._free):
+            if free >= size:
+                self._ledger.charge("host", category, size)
+                self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
+                self._leases += 1
+                return Lease(self, offset, nbytes, category)
+        return None
+
+    def _pin(self) -> None:
+        result = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
+        if int(result) == 0:
+            self.pinned = True
+        else:
+            self.note = (
+                f"host memory is not pinned (cudaHostRegister of {format_bytes(self.nbytes)} said {result}): copies go "
+                "through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
+            )

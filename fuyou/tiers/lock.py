@@ -1,0 +1,59 @@
+"""One run at a time in a store folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from fuyou.core.errors import StoreError
+
+RETRY_S = 5.0  # a killed holder's descriptors can take a moment to die
+
+# POSIX record locks do not exclude their own process, and closing ANY descriptor of the file drops them. So the files
+# that this process holds are kept here, and are looked up before one is opened.
+_held: set[tuple[int, int]] = set()
+
+
+class FolderLock:
+    """An fcntl record lock on `folder`/lock, which holds the pid. StoreError naming the pid where it is taken."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = os.path.join(folder, "lock")
+        if os.path.exists(self.path) and _identity(self.path) in _held:
+            raise StoreError(_in_use(folder, os.getpid()))
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + RETRY_S
+        while True:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+                    os.close(self._fd)
+                    raise StoreError(_in_use(folder, holder or "unknown")) from error
+                time.sleep(0.05)
+        self._key = _identity(self.path)
+        _held.add(self._key)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Idempotent. The file is removed while it is still locked, so nobody can lock a file that is gone."""
+        if self._fd < 0:
+            return
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+        os.close(self._fd)
+        self._fd = -1
+        _held.discard(self._key)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _in_use(folder: str, pid: object) -> str:
+    return f"The nvme folder {folder} is in use by process {pid}: close that run (run.close()), or give this one another folder."
