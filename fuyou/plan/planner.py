@@ -10,7 +10,7 @@ from fuyou.core.sizes import align_up, format_bytes
 
 PAGE_BYTES = 4096
 KINDS = ("weights", "gradients", "optimizer")  # host memory goes to what crosses the link most often a byte, in order
-CHUNK_ELEMENTS = tuple(2**power for power in range(22, 15, -1))  # 4 Mi (64 MiB staged in fp32) down to 64 Ki
+CHUNK_ELEMENTS = tuple(2**power for power in range(22, 11, -1))  # 4 Mi (64 MiB staged in fp32) down to 4 Ki
 STAGED_UPDATES = 3  # one chunk read, one updated, one written
 INBOUND_BUFFERS = 2
 # Room on the device for activations and torch's temporaries that `wrap` insists on; what a batch needs beyond it is
