@@ -13,6 +13,8 @@ import typer
 
 from fuyou.core.errors import FuyouError
 
+_INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
+
 app = typer.Typer(
     help="Fine-tune models whose training state does not fit in memory.",
     add_completion=False,
@@ -60,19 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(args=given, prog_name="fuyou", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        return _interrupted() if status == _INTERRUPTED else status if isinstance(status, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _interrupted()
     except Exception as error:
         if "--debug" in given:
             traceback.print_exc()
         if isinstance(error, typer.Abort):
-            return _fail("interrupted", 130)
+            return _interrupted()
         if hasattr(error, "format_message"):  # the command line itself, refused by typer's parser
             return _fail(f"{error.format_message()} Try `fuyou --help`.", 2)
         if isinstance(error, FuyouError):
             return _fail(str(error), 2)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted: the run was closed, and nothing was exported.", _INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> int:

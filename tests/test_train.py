@@ -1,0 +1,355 @@
+"""`fuyou train`: its configuration, its schedules, and a whole job equal to a plain PyTorch loop, bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import subprocess
+import tarfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fuyou.cli import main
+from fuyou.core.errors import ConfigError
+from fuyou.train.config import TrainConfig, read_config
+from fuyou.train.documents import read_documents, split
+from fuyou.train.loop import row_order, step_count
+from fuyou.train.schedule import learning_rate_factor
+
+REQUIRED = {"model": "m", "data": "d.txt", "output": "o", "nvme": "n"}
+
+
+def config_file(folder: Path, text: str = "", **values: object) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**REQUIRED, **values}) + text)
+    return str(path)
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+
+
+def test_defaults_then_file_then_set(tmp_path):
+    path = config_file(tmp_path, "learning_rate: 1e-4\nsteps: 1e3\n", batch_size=4, betas=[0.8, 0.9])
+    config = read_config(path, ["batch_size=8", "eps=1E-6", "ram=48GiB", "nvme=[a, b]", "schedule=linear"])
+    assert (config.learning_rate, config.steps, config.batch_size, config.eps) == (1e-4, 1000, 8, 1e-6)
+    assert (config.accumulation, config.betas, config.ram, config.nvme) == (1, (0.8, 0.9), "48GiB", ["a", "b"])
+    assert isinstance(config.steps, int) and config.epochs is None
+    assert config.data == ["d.txt"] and config.schedule == "linear"
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert read_config(resolved) == config
+    assert list(yaml.safe_load(config.to_yaml())) == list(TrainConfig.model_fields)
+
+
+def test_one_epoch_unless_said_otherwise(tmp_path):
+    assert read_config(config_file(tmp_path)).epochs == 1
+    assert read_config(config_file(tmp_path), ["steps=3"]).epochs is None
+    config = read_config(config_file(tmp_path), ["epochs=1.5", "batch_size=2", "accumulation=2"])
+    assert step_count(config, 10) == 4  # 15 rows, 4 a step
+    order = row_order(10, seed=3)
+    first, second = [[next(order) for _ in range(10)] for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("learning_rat=1", "did you mean 'learning_rate'"),
+        ("learning_rate=fast", "learning_rate='fast'"),
+        ("learning_rate=0", "greater than 0"),
+        ("learning_rate=.inf", "finite"),
+        ("learning_rate=.nan", "finite|greater"),
+        ("steps=1.5", "integer"),
+        ("steps=yes", "not numbers"),
+        ("batch_size=0", "greater than or equal to 1"),
+        ("betas=[0.9]", "betas"),
+        ("betas=[0.9, 1]", "less than 1"),
+        ("schedule=cosin", "'cosine', 'linear' or 'constant'"),
+        ("eval_share=1", "less than 1"),
+        ("data=[]", "data="),
+        ("model=", "model=None"),
+        ("ram=12XB", "ram='12XB' is not a size"),
+        ("io=posix", "io='posix'"),
+        ("precision=fp16", "precision='fp16'"),
+        ("activations=host", "not built yet"),
+        ("durability=step", "not built yet"),
+        ("micro_batch=2", "not built yet"),
+        ("verify_reads=true", "not built yet"),
+        ("save_every=10", "save_every=10 is not built yet"),
+        ("save_total_limit=1", "not built yet"),
+        ("report_to=wandb", "not built yet"),
+        ("steps", "not key=value"),
+        ("=3", "not key=value"),
+        ("betas=[0.9", "does not parse"),
+    ],
+)
+def test_refused_with_words(tmp_path, setting, reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
+        read_config(config_file(tmp_path), [setting])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "'model' is missing"),
+        ("- a\n", "holds a list"),
+        ("model: [\n", "not YAML"),
+        ("model: a\ndata: b\nmodel: c\n", "'model' stands twice, again in line 3"),
+        ("model: a\ndata: b\noutput: c\n", "'nvme' is missing"),
+        ("1: 2\n", "unknown key 1"),
+    ],
+)
+def test_a_bad_file_is_refused_with_words(tmp_path, text, reason):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_steps_and_epochs_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="steps=10 and epochs=2"):
+        read_config(config_file(tmp_path, steps=10, epochs=2))
+    with pytest.raises(ConfigError, match="warmup_steps=11 is more than steps=10"):
+        read_config(config_file(tmp_path, steps=10, warmup_steps=11))
+
+
+def test_the_example_holds_every_key_with_its_default(tmp_path):
+    example = Path(__file__).parent.parent / "examples" / "config.yaml"
+    values = yaml.safe_load(example.read_text())
+    assert set(values) == set(TrainConfig.model_fields)
+    assert read_config(example) == read_config(config_file(tmp_path, **{key: values[key] for key in REQUIRED}))
+
+
+# --- schedules ----------------------------------------------------------------------------------------------------
+
+
+def test_schedules_by_their_values():
+    assert [learning_rate_factor("constant", 4, 10)(k) for k in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [learning_rate_factor("linear", 0, 4)(k) for k in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    cosine = [learning_rate_factor("cosine", 2, 6)(k) for k in range(7)]
+    assert cosine[:3] == [0.5, 1, 1] and cosine[4] == pytest.approx(0.5) and cosine[6] == pytest.approx(0)
+    assert cosine[3] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+# --- a whole job --------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "precision": "fp32",
+    "steps": 5,
+    "batch_size": 2,
+    "accumulation": 2,
+    "sequence_length": 48,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "betas": [0.9, 0.95],
+    "warmup_steps": 2,
+    "schedule": "cosine",
+    "max_grad_norm": 0.5,
+    "eval_share": 0.1,
+    "eval_every": 2,
+    "seed": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """m/: a Llama of 2 layers and a byte-level tokenizer; d.txt and d.jsonl: docstrings of the standard library."""
+    transformers = pytest.importorskip("transformers", reason="fuyou train reads models through transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="the test trains a tokenizer")
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = []
+    for owner in (argparse.ArgumentParser, subprocess, subprocess.Popen, tarfile.TarFile, textwrap.TextWrapper, Path):
+        for name, member in inspect.getmembers(owner, inspect.isroutine):
+            if member.__doc__ and not name.startswith("_"):
+                rows.append({"prompt": f"def {name}:\n", "completion": inspect.cleandoc(member.__doc__)})
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "d.txt").write_text(inspect.cleandoc(textwrap.TextWrapper.__doc__) + "\n\n" + tarfile.__doc__)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([row["completion"] for row in rows], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder / "m")
+    torch.manual_seed(0)
+    llama = transformers.LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(llama).save_pretrained(folder / "m")
+    return folder
+
+
+def job(inputs: Path, folder: Path, **settings: object) -> list[str]:
+    (folder / "nvme").mkdir()
+    values = {
+        "model": str(inputs / "m"),
+        "data": [str(inputs / "d.jsonl"), str(inputs / "d.txt")],
+        "output": str(folder / "out"),
+        "nvme": str(folder / "nvme"),
+        **SETTINGS,
+        **settings,
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(values))
+    return ["train", str(folder / "c.yaml")]
+
+
+def metrics_of(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(steps, evaluations) of metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+class Plain:
+    """The same job in plain PyTorch, with its own tokenising, labels, rows and loop."""
+
+    def __init__(self, inputs: Path, precision: str, max_grad_norm: float) -> None:
+        import transformers
+
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        self.max_grad_norm = max_grad_norm
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "m")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "m", dtype=self.dtype).train()
+        documents = read_documents([str(inputs / "d.jsonl"), str(inputs / "d.txt")])
+        training, held_out = split(documents, 0.1, 5)
+        self.training, self.held_out = self.rows(training), self.rows(held_out)
+
+    def rows(self, documents) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, labels = [], []
+        for document in documents:
+            prompt = self.tokenizer.encode(document.prompt)
+            text = self.tokenizer.encode(document.text) + [self.tokenizer.eos_token_id] * document.ends
+            tokens += prompt + text
+            labels += [-100] * len(prompt) + text
+        tail = -len(tokens) % 48
+        tokens = torch.tensor(tokens + [self.tokenizer.eos_token_id] * tail).view(-1, 48)
+        labels = torch.tensor(labels + [-100] * tail).view(-1, 48)
+        learns = (labels[:, 1:] != -100).any(dim=1)
+        return tokens[learns], labels[learns]
+
+    def loss(self, rows, some) -> torch.Tensor:
+        return self.model(input_ids=rows[0][some], labels=rows[1][some]).loss
+
+    def evaluate(self) -> float:
+        self.model.eval()
+        total = count = 0
+        for start in range(0, len(self.held_out[0]), 2):
+            some = slice(start, start + 2)
+            predicted = (self.held_out[1][some, 1:] != -100).sum().item()
+            with torch.no_grad():
+                total += self.loss(self.held_out, some).item() * predicted
+            count += predicted
+        self.model.train()
+        return total / count
+
+    def train(self) -> tuple[list[tuple], list[float]]:
+        parameters = list(self.model.parameters())
+        masters = parameters if self.dtype == torch.float32 else [p.detach().float() for p in parameters]
+        groups = [[p for p in masters if p.ndim >= 2], [p for p in masters if p.ndim < 2]]
+        optimizer = torch.optim.AdamW(
+            [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
+            lr=3e-3,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        order = torch.randperm(len(self.training[0]), generator=torch.Generator().manual_seed(5)).tolist()
+        steps, evaluations = [], [self.evaluate()]
+        for step in range(5):
+            factor = (0.5, 1.0)[step] if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 3))
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * factor
+            losses = []
+            for backward in range(2):
+                start = 4 * step + 2 * backward
+                loss = self.loss(self.training, order[start : start + 2])
+                (loss / 2).backward()
+                losses.append(loss.item())
+            norm = None
+            if self.max_grad_norm:
+                norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+            if masters is not parameters:
+                for master, parameter in zip(masters, parameters, strict=True):
+                    master.grad = parameter.grad.float()
+            optimizer.step()
+            if masters is not parameters:
+                with torch.no_grad():
+                    for master, parameter in zip(masters, parameters, strict=True):
+                        parameter.copy_(master)
+            self.model.zero_grad()
+            steps.append((step + 1, sum(losses) / 2, 3e-3 * factor, norm))
+            if step in (1, 3, 4):
+                evaluations.append(self.evaluate())
+        return steps, evaluations
+
+
+@pytest.mark.parametrize(("precision", "max_grad_norm"), [("fp32", 0.5), ("fp32", 0), ("bf16", 0.5)])
+def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm):
+    import transformers
+
+    status = main(job(inputs, tmp_path, precision=precision, max_grad_norm=max_grad_norm))
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    plain = Plain(inputs, precision, max_grad_norm)
+    steps, evaluations = plain.train()
+
+    found_steps, found_evaluations = metrics_of(tmp_path)
+    assert [(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in found_steps] == steps
+    assert [line["eval_loss"] for line in found_evaluations] == evaluations
+    assert [line["step"] for line in found_evaluations] == [0, 2, 4, 5]
+    assert evaluations[-1] < evaluations[0]
+    assert all(line["tokens"] == 192 and line["seconds"] > 0 for line in found_steps)
+
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert exported.dtype == plain.dtype
+    for name, parameter in plain.model.named_parameters():
+        assert torch.equal(exported.get_parameter(name), parameter), name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert tokenizer.encode("def tell:\n") == plain.tokenizer.encode("def tell:\n")
+
+    assert f"{evaluations[0]:.4f} before, {evaluations[-1]:.4f} after 5 steps" in captured.out
+    assert json.loads((tmp_path / "out" / "report.json").read_text())
+    assert read_config(tmp_path / "out" / "config.yaml").learning_rate == 3e-3
+
+
+def test_a_job_without_packing_or_held_out_text(inputs, tmp_path, capsys):
+    status = main([*job(inputs, tmp_path, packing=False, eval_share=0), "--set", "eval_every=null", "--set", "steps=1"])
+    captured = capsys.readouterr()
+    assert status == 2 and "warmup_steps=2" in captured.err
+    status = main(["train", str(tmp_path / "c.yaml"), "--set", "steps=2"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    steps, evaluations = metrics_of(tmp_path)
+    assert len(steps) == 2 and evaluations == [] and "held-out loss" not in captured.out
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(inputs, tmp_path, capsys):
+    status = main(job(inputs, tmp_path, learning_rate=1e20, max_grad_norm=0, warmup_steps=0))
+    captured = capsys.readouterr()
+    assert status == 1 and "step 2 is nan" in captured.err.replace("inf", "nan")
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_an_output_that_holds_a_run_is_refused(inputs, tmp_path, capsys):
+    arguments = job(inputs, tmp_path, steps=1, warmup_steps=0, eval_every=None)
+    assert main(arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
