@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -258,6 +260,27 @@ def test_empty_range(kernels: AdamKernels) -> None:
     kernels.step_fp32(
         nothing, nothing.clone(), nothing.clone(), nothing.clone(), tail=0, scales=[0.5], hyper=ADAMW, step=1
     )
+
+
+WITHOUT_THREADS = """
+import resource, torch
+from fuyou.swap.adam import AdamHyper, load_kernels
+states = [[torch.full((200_000,), value) for value in (1.0, 0.1, 0.01, 0.3)] for _ in range(2)]
+hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
+alone, many = load_kernels("native", threads=1), load_kernels("native", threads=4)
+alone.step_fp32(*states[0], tail=0, scales=[], hyper=hyper, step=1)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20), resource.RLIM_INFINITY))  # no room for a thread's stack
+many.step_fp32(*states[1], tail=0, scales=[], hyper=hyper, step=1)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert all(torch.equal(one, other) for one, other in zip(*states))
+"""
+
+
+@pytest.mark.skipif(bool(native_problem()), reason=native_problem() or "native kernels are here")
+def test_no_thread_to_be_had() -> None:
+    """Where the system gives no more threads the calling one does all."""
+    subprocess.run([sys.executable, "-c", WITHOUT_THREADS], check=True)
 
 
 # --- the split master -----------------------------------------------------------------------------------------------
