@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from fuyou.runtime.away import Away
 from fuyou.runtime.build import STATE_SLOTS, Homes, make_units, name_optimizer_strangers, numbers_of
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
-from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
+from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes, trim_heap
 from fuyou.runtime.optimizer import Optimizer, check_optimizer, read_state
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.swap.activations import HookStack, TensorBook
@@ -305,9 +304,8 @@ class Run:
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True
-        _trim()
-        self._baseline_rss_bytes = rss_bytes()
         self._gauge.start()
+        self._baseline_rss_bytes = rss_bytes()
 
     # Closing ----------------------------------------------------------------------------------------------------------
 
@@ -376,7 +374,7 @@ class Run:
         for unit in self._units:
             for chunk in unit.chunks:
                 steps += [each.release for each in (chunk.weights, chunk.state, chunk.gradient) if each is not None]
-        steps += [self._arena.close, _trim]
+        steps += [self._arena.close, trim_heap]
         first: BaseException | None = None
         for step in steps:
             try:
@@ -467,12 +465,6 @@ def _budgets(ram: int | str | None, gpu: int | str | None, device: torch.device)
     if gpu_bytes is None:
         gpu_bytes = max(free - ram_bytes, 1)
     return ram_bytes, gpu_bytes
-
-
-def _trim() -> None:
-    """Return freed heap pages to the system: what the model held before must not count against the budgets."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 __all__ = ["Run", "wrap"]

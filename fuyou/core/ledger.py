@@ -58,13 +58,13 @@ class Ledger:
                 )
             self._held[tier][category] -= nbytes
 
-    def set_reserve(self, tier: str, nbytes: int) -> None:
-        """BudgetError where the tier's total passes its budget with it."""
+    def set_reserve(self, tier: str, nbytes: int, *, refuse: bool) -> None:
+        """With `refuse`, BudgetError where the tier's total passes its budget with it."""
         with self._lock:
             self._reserve[tier] = nbytes
             needed = self._total(tier)
             self._note_peak(tier)
-            if needed > self.budgets[tier]:
+            if refuse and needed > self.budgets[tier]:
                 raise BudgetError(
                     self._refusal(tier, "activations", 0, "torch's temporaries", needed),
                     tier=tier, needed_bytes=needed, given_bytes=self.budgets[tier],

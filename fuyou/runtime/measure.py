@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import time
 from collections import deque
@@ -82,31 +84,52 @@ class StepClock:
 class TemporariesGauge:
     """Torch's temporaries on a CPU device, which no allocator reports: the resident memory that nobody charged.
 
-    Sampled at every block's edge and gradient of the first steps; the highest becomes the device tier's reserve. On
-    CUDA the allocator itself is limited, and this does nothing.
+    Sampled at every block's edge and at every gradient; the highest is the device tier's reserve. Freed heap pages that
+    glibc keeps count too, so near the budget they are given back to the system first. In the first steps a total over
+    the budget is refused; later growth is the process's own (its data, its caches) and only reported. On CUDA the
+    allocator itself is limited, and this does nothing.
     """
 
-    STEPS = 2
+    REFUSING_STEPS = 2
+    TRIM_SHARE = 0.75  # of the budget: from here on freed pages are given back
+    TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
 
     def __init__(self, ledger: Ledger, *, active: bool) -> None:
         self._ledger = ledger
         self._active = active
         self._baseline = 0
         self._highest = 0
+        self._trimmed_at = 0
         self._steps = 0
 
     def start(self) -> None:
         """From here on what is not charged is temporary: host memory is committed, the device tier nearly empty."""
-        self._baseline = rss_bytes() - self._ledger.held("device") if self._active else 0
+        trim_heap()
+        self._baseline = rss_bytes() - self._ledger.held("device")
 
     def sample(self) -> None:
         if not self._active:
             return
-        uncharged = rss_bytes() - self._baseline - self._ledger.held("device")
+        held = self._ledger.held("device")
+        uncharged = rss_bytes() - self._baseline - held
+        if held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]:
+            if uncharged > self._trimmed_at + self.TRIM_BYTES:
+                trim_heap()
+                uncharged = self._trimmed_at = rss_bytes() - self._baseline - held
         if uncharged > self._highest:
             self._highest = uncharged
-            self._ledger.set_reserve("device", uncharged)
+            self._ledger.set_reserve("device", uncharged, refuse=self._steps < self.REFUSING_STEPS)
 
     def end_step(self) -> None:
         self._steps += 1
-        self._active = self._active and self._steps < self.STEPS
+
+
+def trim_heap() -> None:
+    """Return the heap's free pages to the system (glibc; elsewhere nothing happens)."""
+    with contextlib.suppress(OSError, AttributeError):
+        _libc().malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -12,6 +12,7 @@ from torch import nn
 from fuyou.core.layout import Entry, Layout
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.swap.ranges import Range
+from fuyou.tiers.device import DeviceMemory
 
 
 class Residency(enum.Enum):
@@ -65,7 +66,7 @@ class Chunk:
 
 
 class Unit:
-    """Parameters of one dtype with the same owners: one storage on the device for life, resized, never replaced.
+    """Parameters of one dtype with the same owners: one storage on the device for life, never replaced.
 
     Views of that storage which autograd saved stay valid names for the bytes: after a release and another fetch they
     show the weights again. `owners` are the indices of the blocks that need it; none: it belongs to the model's own
@@ -95,11 +96,9 @@ class Unit:
             for (name, parameter), entry in zip(named, self.layout.entries, strict=True)
         ]
         self.trainable = named[0][1].requires_grad
-        self.flat = torch.empty(self.layout.count, dtype=self.dtype, device=self.device)
-        self.flat_bytes = self.flat.view(torch.uint8)
+        self.memory = DeviceMemory(self.layout.nbytes, self.device)
+        self.flat = self.memory.tensor.view(self.dtype)
         self.views = self.layout.views(self.flat)
-        self.storage = self.flat.untyped_storage()
-        self.storage.resize_(0)
         self.placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
 
     @property

@@ -58,7 +58,7 @@ class Swapper:
 
     def adopt(self, unit: Unit) -> None:
         """Take charge of a packed unit."""
-        self._by_storage[unit.storage._cdata] = unit
+        self._by_storage[unit.flat.untyped_storage()._cdata] = unit
 
     def unit_of(self, tensor: torch.Tensor) -> Unit | None:
         """The unit whose storage `tensor` is a view of."""
@@ -75,7 +75,7 @@ class Swapper:
             if unit not in self._resident:  # a pinned unit whose weights went stale keeps its memory
                 if not self._make_room(unit, needed):
                     return False
-                unit.storage.resize_(unit.nbytes)
+                unit.memory.take()
                 self._resident[unit] = None
                 self._resident_bytes += unit.nbytes
             unit.residency = Residency.LOADING
@@ -218,7 +218,7 @@ class Swapper:
     def flat_slice(unit: Unit, chunk: Chunk) -> torch.Tensor:
         """A chunk's bytes within the unit's device storage."""
         itemsize = unit.dtype.itemsize
-        return unit.flat_bytes[chunk.start * itemsize : chunk.stop * itemsize]
+        return unit.memory.tensor[chunk.start * itemsize : chunk.stop * itemsize]
 
     def _make_room(self, unit: Unit, needed: bool) -> bool:
         """Charge the unit, after evicting what nobody uses. On True it is charged."""
@@ -259,7 +259,7 @@ class Swapper:
         unit.residency = Residency.ABSENT
         if unit.pinned:
             return
-        unit.storage.resize_(0)
+        unit.memory.give_back()
         self._resident.pop(unit)
         self._resident_bytes -= unit.nbytes
         self._ledger.discharge("device", "weights", unit.nbytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import threading
 from typing import Any
 
@@ -28,6 +29,40 @@ class EventTicket:
     def wait(self, timeout_s: float = DEADLINE_S) -> None:
         self.event.synchronize()  # only worker threads and step() come here; the compute stream uses Device.join
         self._keep = ()
+
+
+class DeviceMemory:
+    """`nbytes` on the device at one storage for life: `take` gives it bytes, `give_back` returns them to the system.
+
+    `tensor` is a (nbytes,) uint8 view whose storage never changes, so views that autograd saved stay valid names. CUDA:
+    the storage is resized; the caching allocator orders its memory by the compute stream. CPU: an address range of its
+    own whose pages are dropped; torch's allocator would keep them in the heap, beyond every budget.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._nbytes = nbytes
+        self._map: mmap.mmap | None = None
+        if device.type == "cuda":
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self._storage = self.tensor.untyped_storage()
+            self._storage.resize_(0)
+        else:
+            self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # large pages: a fetch touches every page anew
+                with contextlib.suppress(AttributeError, OSError):
+                    self._map.madvise(getattr(mmap, advice))
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+
+    def take(self) -> None:
+        if self._map is None:
+            self._storage.resize_(self._nbytes)
+
+    def give_back(self) -> None:
+        """Nothing queued later may read the bytes. CUDA: earlier kernels of the compute stream still may."""
+        if self._map is None:
+            self._storage.resize_(0)
+        else:
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Device:
