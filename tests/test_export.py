@@ -317,3 +317,26 @@ def test_a_plain_module_is_exported_without_a_config(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     files = export_pretrained(tmp_path, model, [MemoryTensor(n, t) for n, t in names_to_export(model)])
     assert [path.name for path in files] == [WEIGHTS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["gpt2, tied", "vit, renamed", "mixtral"])
+def test_a_run_exports_what_it_trained(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    import fuyou
+
+    model = build(family, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    (tmp_path / "nvme").mkdir()
+    with fuyou.wrap(model, optimizer, nvme=str(tmp_path / "nvme"), ram="128MiB", gpu="128MiB", device="cpu") as run:
+        if family.startswith("vit"):
+            loss = model(pixel_values=torch.ones(1, 3, 16, 16, dtype=dtype)).logits.float().square().mean()
+        else:
+            tokens = torch.arange(8).reshape(1, 8)
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        run.optimizer.step()
+        run.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model", dtype=dtype)
+    got = loaded.state_dict()
+    for name, tensor in model.state_dict().items():  # ordinary again, as the last step left it
+        assert bits(got[name]) == bits(tensor), name

@@ -195,3 +195,29 @@ def test_csrc_knows_neither_torch_nor_cuda() -> None:
         if re.match(r"\s*#\s*include\s*[<\"](torch|ATen|c10|cuda)", line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+FOLDERS = ("csrc", "fuyou", "scripts", "examples", "tests")
+SUFFIXES = ("py", "pyi", "cpp", "hpp", "sh", "yaml")
+
+
+def files_in_readme() -> set[str]:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Files\n")[1].split("\n## ")[0]
+    return set(re.findall(rf"`([\w/]+\.(?:{'|'.join(SUFFIXES)}))`", table))
+
+
+def files_in_tree() -> list[str]:
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix[1:] in SUFFIXES]
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py")
+
+
+def test_the_readme_names_every_file() -> None:
+    named = files_in_readme()
+    missing = [path for path in files_in_tree() if not any(path.endswith("/" + name) for name in named)]
+    assert not missing, f"README.md's table of files lacks {', '.join(missing)}"
+
+
+def test_the_readme_names_no_file_that_is_gone() -> None:
+    there = files_in_tree()
+    gone = [name for name in sorted(files_in_readme()) if not any(path.endswith("/" + name) for path in there)]
+    assert not gone, f"README.md's table of files names {', '.join(gone)}"
