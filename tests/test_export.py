@@ -321,13 +321,15 @@ def test_a_plain_module_is_exported_without_a_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["gpt2, tied", "vit, renamed", "mixtral"])
-def test_a_run_exports_what_it_trained(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+def test_a_run_exports_what_it_trained(tmp_path: Path, nvme: Path, family: str, dtype: torch.dtype) -> None:
     import fuyou
 
     model = build(family, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    (tmp_path / "nvme").mkdir()
-    with fuyou.wrap(model, optimizer, nvme=str(tmp_path / "nvme"), ram="128MiB", gpu="128MiB", device="cpu") as run:
+    with pytest.raises(fuyou.BudgetError) as refused:
+        fuyou.wrap(model, optimizer, nvme=nvme, ram=1, gpu="128MiB", device="cpu")
+    least = refused.value.needed_bytes  # so that the weights lie on the drive
+    with fuyou.wrap(model, optimizer, nvme=nvme, ram=least, gpu="128MiB", device="cpu") as run:
         if family.startswith("vit"):
             loss = model(pixel_values=torch.ones(1, 3, 16, 16, dtype=dtype)).logits.float().square().mean()
         else:
