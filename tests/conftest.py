@@ -1,0 +1,39 @@
+"""Shared by all tests: two compute threads, no network, and a folder on a real disk."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads of tiny operations sleep while they wait: on a busy machine, spinning takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def nvme(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder on a disk: a tmpfs takes O_DIRECT without enforcing it, and would prove nothing."""
+    if _file_system(tmp_path) not in ("tmpfs", "ramfs"):
+        folder = tmp_path / "nvme"
+        folder.mkdir()
+        yield folder
+        return
+    folder = Path(tempfile.mkdtemp(prefix="fuyou-test-", dir="/var/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file_system(path: Path) -> str:
+    mounts = [each for each in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(each.mountpoint)]
+    return max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else ""
