@@ -1,5 +1,7 @@
 """fuyou's native extension, built from csrc/. Addresses are integers; nothing here keeps Python objects alive."""
 
+from collections.abc import Sequence
+
 class IoError(OSError):
     """An operation or the set-up failed: `errno`, and a text with file, offset, expected and got bytes."""
 
@@ -26,3 +28,21 @@ class IoEngine:
     def in_flight(self) -> list[str]: ...
     def note(self) -> str: ...
     def close(self, timeout_s: float = 300.0) -> bool: ...
+
+def adam_fp32(
+    param: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int, scales: Sequence[float],
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, step: int,
+    threads: int = 1, path: str = "auto",
+) -> None: ...  # fmt: skip
+def adam_split(
+    hi: int, lo: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int, scales: Sequence[float],
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, step: int,
+    threads: int = 1, path: str = "auto",
+) -> None: ...  # fmt: skip
+def split_master(
+    master: int, hi: int, lo: int, exp_avg_sq: int, count: int, threads: int = 1, path: str = "auto"
+) -> None: ...
+def merge_master(
+    hi: int, lo: int, exp_avg_sq: int, master: int, count: int, threads: int = 1, path: str = "auto"
+) -> None: ...
+def adam_paths() -> list[str]: ...

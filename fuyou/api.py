@@ -379,7 +379,7 @@ class Run:
         for step in steps:
             try:
                 step()
-            except Exception as error:  # noqa: BLE001 - the rest must be closed too; the first is raised
+            except Exception as error:
                 first = first or error
         for unit in self._units:
             unit.chunks.clear()
@@ -427,7 +427,7 @@ class _Source:
 
     def chunks(self) -> Iterator[memoryview]:
         if self._member is None:
-            yield memoryview(self._tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            yield self._tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             return
         for chunk in chunks_of(self._member):
             staging = self._writes.stage([chunk.weights], f"the export of {self.name}")
@@ -437,7 +437,7 @@ class _Source:
                 staging.load().wait()
                 first, last, at = overlap(self._member, chunk)
                 part = staging.views[0].view(self.dtype)[at : at + last - first]
-                yield memoryview(part.view(torch.uint8).numpy())
+                yield part.view(torch.uint8).numpy().data
             finally:
                 staging.release()
 

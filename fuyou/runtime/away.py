@@ -12,7 +12,6 @@ made to it are written home before the next forward, read or step; after a step 
 
 from __future__ import annotations
 
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

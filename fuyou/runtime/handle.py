@@ -28,7 +28,7 @@ class GradientHandle(torch.Tensor):
     @staticmethod
     def __new__(cls, gradient: Gradient, gradients: Gradients) -> GradientHandle:
         unit = gradient.member.unit
-        handle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle = torch.Tensor._make_wrapper_subclass(
             cls, gradient.member.entry.shape, dtype=unit.dtype, device=unit.device, requires_grad=False
         )
         handle.gradient = gradient
@@ -38,7 +38,7 @@ class GradientHandle(torch.Tensor):
     def __init__(self, gradient: Gradient, gradients: Gradients) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with self._gradients.borrowed(self.gradient) as value:
             return repr(value)
 
@@ -51,7 +51,9 @@ class GradientHandle(torch.Tensor):
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         fast = _FAST.get(function.overloadpacket)
         if fast is not None:
@@ -90,7 +92,7 @@ def _read(function: Any, handles: list[GradientHandle], args: tuple, kwargs: dic
         return _read(function, [each for each in others if each is not handle], args, kwargs)
 
 
-def _norm(function: Any, self: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:  # noqa: A002
+def _norm(function: Any, self: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if not isinstance(self, GradientHandle) or ord != 2 or dim is not None or keepdim or dtype is not None:
         return NotImplemented
     norm = self._gradients.norm_of(self.gradient)
@@ -134,7 +136,7 @@ def _foreach(single: Callable) -> Callable:
     return each
 
 
-def _foreach_norm(function: Any, selves: list, ord: Any = 2, dtype: Any = None) -> Any:  # noqa: A002
+def _foreach_norm(function: Any, selves: list, ord: Any = 2, dtype: Any = None) -> Any:
     return [torch.linalg.vector_norm(self, ord, dtype=dtype) for self in selves]
 
 

@@ -33,7 +33,9 @@ class Installation:
 
     def __init__(self, schedule: Schedule, model: BlockCalls, units: list[Unit], guard: Callable[[], None]) -> None:
         self._undo: list[Callable[[], None]] = []
-        calls = [(block, schedule.block_forward) for block in schedule.blocks]
+        calls: list[tuple[BlockCalls, Callable[[BlockCalls, tuple, dict], Any]]] = [
+            (block, schedule.block_forward) for block in schedule.blocks
+        ]
         if not any(block.module is model.module for block in schedule.blocks):
             calls.append((model, schedule.model_forward))
         for block, run in calls:
@@ -53,7 +55,7 @@ class Installation:
 
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler built before wrap looks for this
         had = vars(optimizer).get("step")
-        optimizer.step = step  # type: ignore[method-assign]
+        optimizer.step = step  # type: ignore[assignment]
 
         def undo() -> None:
             del optimizer.step
@@ -78,12 +80,12 @@ class Installation:
 
         setattr(forward, _MARK, True)
         module, had = block.module, vars(block.module).get("forward")
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
         def undo() -> None:
             del module.forward
             if had is not None:
-                module.forward = had  # type: ignore[method-assign]
+                module.forward = had
 
         self._undo.append(undo)
 

@@ -71,7 +71,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state = StateView(members, access)  # type: ignore[assignment]
         self._ready = True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss."""
         self._guard()
         loss = None
@@ -187,7 +187,7 @@ def write_state(member: Member, state: Mapping[str, Any], access: StateAccess, s
             value = state[kind]
             if tuple(value.shape) != tuple(member.entry.shape):
                 raise ConfigError(
-                    f"load_state_dict: {kind} of {member.name} has shape {tuple(value.shape)}, expected {tuple(member.entry.shape)}."
+                    f"load_state_dict: {kind} of {member.name} has shape {tuple(value.shape)}, not {tuple(member.entry.shape)}."
                 )
             values[kind] = value
     member.step = int(state.get("step", member.step))

@@ -282,13 +282,13 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._python = random.getstate()
-        self._numpy = numpy.random.get_state()  # noqa: NPY002 - the global generator is what models draw from
+        self._numpy = numpy.random.get_state()
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
         random.setstate(self._python)
-        numpy.random.set_state(self._numpy)  # noqa: NPY002
+        numpy.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self.device)

@@ -248,5 +248,5 @@ def _parts_of(whole: torch.Tensor, member: Member) -> Iterator[torch.Tensor]:
 def _settle(ticket: Ticket) -> None:
     try:
         ticket.wait()
-    except Exception:  # noqa: BLE001 - an earlier error is on its way already
+    except Exception:
         return

@@ -128,7 +128,7 @@ class WriteBehind:
         while self._pending:
             try:
                 self._retire_oldest()
-            except Exception as failure:  # noqa: BLE001 - raised below, after the rest has ended
+            except Exception as failure:
                 error = error or failure
         if error is not None:
             raise error

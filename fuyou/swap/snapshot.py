@@ -119,8 +119,8 @@ class ModuleState:
             for child, before in self._attributes:
                 _replace(child, snapshot(before, objects=False))
             with torch.no_grad():
-                for _, buffer, _, before in self._buffers:
-                    buffer.detach().copy_(before)  # type: ignore[arg-type]
+                for _, buffer, _, value in self._buffers:
+                    buffer.detach().copy_(value)  # type: ignore[arg-type]
             yield
         finally:
             for child, now in attributes:

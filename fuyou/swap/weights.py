@@ -279,5 +279,5 @@ def overlap(member: Member, chunk: Chunk) -> tuple[int, int, int]:
 def _settle(ticket: Ticket) -> None:
     try:
         ticket.wait()
-    except Exception:  # noqa: BLE001 - whoever needs the bytes will start again and meet the error
+    except Exception:
         return

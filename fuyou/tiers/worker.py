@@ -35,7 +35,7 @@ class Job:
         try:
             if run is not None:
                 run()
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for this ticket
+        except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
