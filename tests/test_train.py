@@ -16,11 +16,22 @@ import torch
 import yaml
 
 from fuyou.cli import main
-from fuyou.core.errors import ConfigError
+from fuyou.core.errors import BudgetError, ConfigError
 from fuyou.train.config import TrainConfig, read_config
 from fuyou.train.documents import read_documents, split
 from fuyou.train.loop import row_order, step_count
+from fuyou.train.output import Metrics, opened_output
 from fuyou.train.schedule import learning_rate_factor
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small only make threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 REQUIRED = {"model": "m", "data": "d.txt", "output": "o", "nvme": "n"}
 
@@ -196,7 +207,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def job(inputs: Path, folder: Path, **settings: object) -> list[str]:
-    (folder / "nvme").mkdir()
+    (folder / "nvme").mkdir(parents=True)
     values = {
         "model": str(inputs / "m"),
         "data": [str(inputs / "d.jsonl"), str(inputs / "d.txt")],
@@ -301,7 +312,8 @@ class Plain:
 def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm):
     import transformers
 
-    status = main(job(inputs, tmp_path, precision=precision, max_grad_norm=max_grad_norm))
+    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "ram": "512KiB"}  # so that NVMe is in use
+    status = main(job(inputs, tmp_path, **settings))
     captured = capsys.readouterr()
     assert status == 0, captured.err
     plain = Plain(inputs, precision, max_grad_norm)
@@ -322,7 +334,9 @@ def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad
     assert tokenizer.encode("def tell:\n") == plain.tokenizer.encode("def tell:\n")
 
     assert f"{evaluations[0]:.4f} before, {evaluations[-1]:.4f} after 5 steps" in captured.out
-    assert json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0 < report["tiers"]["host"]["peak_bytes"] <= report["tiers"]["host"]["budget_bytes"] == 512 * 2**10
+    assert report["traffic"]["nvme_read_bytes_per_step"] > 0
     assert read_config(tmp_path / "out" / "config.yaml").learning_rate == 3e-3
 
 
@@ -353,3 +367,44 @@ def test_an_output_that_holds_a_run_is_refused(inputs, tmp_path, capsys):
     assert main(arguments) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "budgets", [{"ram": "16KiB"}, {"gpu": "16KiB"}, {"gpu": "400KiB"}, {"ram": "400KiB", "nvme_limit": "1MB"}]
+)
+def test_a_budget_that_cannot_work_leaves_nothing(inputs, tmp_path, capsys, budgets):
+    assert main(job(inputs, tmp_path, **budgets)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fuyou: ") and "short" in message
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "nvme").iterdir()) == []
+
+
+def test_an_output_folder_stays_only_with_a_step_in_it(tmp_path):
+    config = read_config(config_file(tmp_path))
+    (tmp_path / "mine").mkdir()
+    for name, steps in {"new": 0, "mine": 0, "begun": 1}.items():
+        with pytest.raises(BudgetError), opened_output(tmp_path / name, config) as metrics:
+            metrics.write_evaluation(step=0, eval_loss=1.0)
+            for step in range(steps):
+                metrics.write_step(step=step + 1, loss=1.0)
+            raise BudgetError("", tier="device", needed_bytes=2, given_bytes=1)
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "begun").iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_an_interrupt_closes_the_run_and_exports_nothing(inputs, tmp_path, capsys, monkeypatch):
+    write = Metrics.write_step
+
+    def interrupted(metrics: Metrics, **values: object) -> None:
+        write(metrics, **values)
+        if values["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metrics, "write_step", interrupted)
+    assert main(job(inputs, tmp_path)) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("fuyou: interrupted")
+    assert len(metrics_of(tmp_path)[0]) == 2
+    assert not (tmp_path / "out" / "model").exists()
+    assert list((tmp_path / "nvme").iterdir()) == []
