@@ -31,10 +31,13 @@ PY
 stamp=$venv/.fuyou-installed
 wanted=$(fingerprint)
 if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
-    [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+    version='import sys; print(sys.version)'
+    if [[ "$("$venv/bin/python" -c "$version" 2>/dev/null || true)" != "$("$python" -c "$version")" ]]; then
+        "$python" -m venv --clear "$venv" # missing, broken, or of another Python
+    fi
     rm -f "$stamp"
     echo "test.sh: installing into $(basename "$venv") (first time, or the extension's sources changed)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,dev]'
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[hf,dev]'
     echo "$wanted" >"$stamp"
 fi
 
