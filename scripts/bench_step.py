@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -257,6 +258,7 @@ def main() -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no CUDA device")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no gigabytes in the folder
     nvme = Path(args.nvme) if args.nvme else ROOT / "runs"
     nvme.mkdir(parents=True, exist_ok=True)
     described = machine()
