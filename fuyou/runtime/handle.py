@@ -45,6 +45,8 @@ class GradientHandle(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         """Calls that reach for memory directly get a real tensor; all others are dispatched operation by operation."""
+        if any(not issubclass(each, GradientHandle) for each in types):
+            return NotImplemented  # a parameter that is away answers first, and calls again with its values
         if getattr(function, "__name__", "") in _RAW:
             args, kwargs = pytree.tree_map_only(GradientHandle, _materialise, (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():

@@ -91,6 +91,10 @@ class Optimizer(torch.optim.Optimizer):
             self._schedule.step(updates)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._schedule.end_backward()  # left by an exception: what it put aside comes back before it is cleared
+        super().zero_grad(set_to_none)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._ready:
             raise ConfigError(

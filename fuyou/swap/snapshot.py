@@ -80,8 +80,8 @@ def tensors_in(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tens
 class ModuleState:
     """Attributes and buffers of a module tree before a forward: attributes by identity, containers by their items.
 
-    Only buffers that were seen to change are copied before each call; the first call of a block copies all of them to
-    find out (`mutable`, by qualified name, is the block's memory of it).
+    Only buffers that were seen to change are copied before each call; the first call of a block in training, and the
+    first in eval, copy all of them to find out (`mutable`, by name and mode, is the block's memory of it).
     """
 
     def __init__(self, module: nn.Module, mutable: dict[str, bool]) -> None:
@@ -90,10 +90,10 @@ class ModuleState:
             (child, {name: snapshot(item, objects=False) for name, item in _own(child).items()})
             for child in module.modules()
         ]
-        self._buffers = [
-            (name, buffer, buffer._version, buffer.detach().clone() if mutable.get(name, True) else None)
-            for name, buffer in module.named_buffers()
-        ]
+        self._buffers = []
+        for key, buffer in _buffers_of(module):
+            before = buffer.detach().clone() if mutable.get(key, True) else None
+            self._buffers.append((key, buffer, buffer._version, before))
 
     def after_forward(self) -> None:
         """Learn what changed, and keep only that."""
@@ -104,6 +104,8 @@ class ModuleState:
                 raise RuntimeError(
                     f"buffer {name} changed in a forward for the first time after the block's first call"
                 )
+            if before is not None and not changed:  # batch norm writes its running statistics past the version counter
+                changed = not torch.equal(before, buffer)
             self._mutable[name] = changed or self._mutable.get(name, False)
             if changed:
                 kept.append((name, buffer, version, before))
@@ -128,6 +130,16 @@ class ModuleState:
             with torch.no_grad():
                 for buffer, now_value in buffers:
                     buffer.detach().copy_(now_value)
+
+
+def _buffers_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each distinct buffer with a key that says whether its module is training: a norm may write only then."""
+    seen: set[int] = set()
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{name} ({'training' if child.training else 'eval'})", buffer
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
