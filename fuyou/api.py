@@ -243,7 +243,7 @@ class Run:
 
     def _make_movers(self, plan: Plan, config: Config, blocks: Sequence[Any]) -> None:
         hooks = HookStack()
-        self._link = Device(self.device)
+        self._link = Device(self.device, self._ledger.budgets["device"])
         self._writes = WriteBehind(self._arena)
         self._away = Away(self._ledger, hooks)
         self._swapper = Swapper(
@@ -264,7 +264,7 @@ class Run:
             units=self._units, swapper=self._swapper, gradients=self._gradients,
             updates=UpdateStream(self._kernels, self._writes, self._clock.stall),
             away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
-            gauge=self._gauge, ledger=self._ledger, recompute=config.recompute, traffic=self._traffic,
+            gauge=self._gauge, device=self._link, recompute=config.recompute, traffic=self._traffic,
         )  # fmt: skip
 
     def _fill(self, passed: torch.optim.Optimizer) -> None:
@@ -301,6 +301,7 @@ class Run:
         self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
         self.optimizer = Optimizer(self._passed, optimized, self._schedule, self._gradients, self._access, self._guard)
         self._passed.state.clear()
+        self._link.limit()
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True
@@ -366,7 +367,12 @@ class Run:
         self._away.refuse_from_now(reason)
 
     def _close_tiers(self) -> None:
-        steps: list[Callable[[], None]] = [self._gradients.close, self._swapper.close, self._inbound.close]
+        steps: list[Callable[[], None]] = [
+            self._gradients.close,
+            self._swapper.close,
+            self._inbound.close,
+            self._link.close,
+        ]
         if self._store is not None:
             steps.append(self._store.close)
         if self._engine is not None:

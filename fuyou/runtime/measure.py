@@ -107,10 +107,11 @@ class TemporariesGauge:
         trim_heap()
         self._baseline = rss_bytes() - self._ledger.held("device")
 
-    def sample(self) -> None:
+    def sample(self, leaving_bytes: int = 0) -> None:
+        """`leaving_bytes`: what the caller knows of that is about to be charged."""
         if not self._active:
             return
-        held = self._ledger.held("device")
+        held = self._ledger.held("device") + leaving_bytes
         uncharged = rss_bytes() - self._baseline - held
         if held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]:
             if uncharged > self._trimmed_at + self.TRIM_BYTES:

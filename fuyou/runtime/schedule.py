@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fuyou.core.errors import StateError
-from fuyou.core.ledger import Ledger
 from fuyou.runtime.away import Away
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
@@ -30,6 +29,7 @@ from fuyou.swap.gradients import Gradients
 from fuyou.swap.optimizer_state import MemberUpdate, StateAccess, UpdateStream
 from fuyou.swap.unit import Member, Unit
 from fuyou.swap.weights import Swapper
+from fuyou.tiers.device import Device
 
 
 class BlockCalls:
@@ -61,7 +61,7 @@ class Schedule:
         hooks: HookStack,
         clock: StepClock,
         gauge: TemporariesGauge,
-        ledger: Ledger,
+        device: Device,
         recompute: bool,
         traffic: Callable[[], dict[str, int]],
     ) -> None:
@@ -75,7 +75,7 @@ class Schedule:
         self._hooks = hooks
         self._clock = clock
         self._gauge = gauge
-        self._ledger = ledger
+        self._device = device
         self._recompute = recompute
         self._traffic = traffic
         self._moved = traffic()
@@ -105,7 +105,7 @@ class Schedule:
         frame = None
         try:
             self._prefetch("forward", block)
-            with torch.profiler.record_function(f"fuyou::forward {block.name}"):
+            with self._device.within_budget(block.name), torch.profiler.record_function(f"fuyou::forward {block.name}"):
                 if torch.is_grad_enabled():
                     frame = self._frame(block)
                     result = frame.run(args, kwargs)
@@ -125,7 +125,7 @@ class Schedule:
     def _frame(self, block: BlockCalls) -> Frame:
         recompute = self._recompute and block.index is not None
         frame = Frame(
-            block.name, block.module, block.forward, self, self._book, self._hooks,
+            block.name, block.module, block.forward, self, self._book, self._hooks, self._device,
             recompute=recompute, mutable_buffers=block.mutable_buffers,
         )  # fmt: skip
         self._frames[frame] = block
@@ -204,14 +204,9 @@ class Schedule:
             return
         if new.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients (Embedding(sparse=False)).")
-        nbytes = new.numel() * new.itemsize
-        self._gauge.sample()
-        self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
-        try:
-            with self._clock.stall("gradients"), torch.profiler.record_function(f"fuyou::gradient {member.name}"):
-                gradient = self._gradients.take(member, new, old.gradient if old is not None else None)
-        finally:
-            self._ledger.discharge("device", "gradients", nbytes)
+        self._gauge.sample(new.numel() * new.itemsize)
+        with self._clock.stall("gradients"), torch.profiler.record_function(f"fuyou::gradient {member.name}"):
+            gradient = self._gradients.take(member, new, old.gradient if old is not None else None)
         if old is None or old.gradient is not gradient:
             old = GradientHandle(gradient, self._gradients)
             self._handles[member] = weakref.ref(old)

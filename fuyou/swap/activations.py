@@ -24,6 +24,7 @@ from fuyou.core.errors import StateError
 from fuyou.core.ledger import Ledger
 from fuyou.swap.snapshot import ModuleState, snapshot, tensors_in
 from fuyou.swap.unit import Unit
+from fuyou.tiers.device import Device
 
 
 class Weights(Protocol):
@@ -147,6 +148,7 @@ class Frame:
         weights: Weights,
         book: TensorBook,
         hooks: HookStack,
+        device: Device,
         *,
         recompute: bool,
         mutable_buffers: dict[str, bool],
@@ -158,6 +160,7 @@ class Frame:
         self._weights = weights
         self._book = book
         self._hooks = hooks
+        self._device = device
         self._recompute = recompute
         self._mutable_buffers = mutable_buffers
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
@@ -251,6 +254,7 @@ class Frame:
         args, kwargs = snapshot((self._args, self._kwargs), detach=True)
         with (
             torch.profiler.record_function(f"fuyou::recompute {self.name}"),
+            self._device.within_budget(self.name),
             RandomState(self._random.device).kept(),
             self._autocast.entered(),
             self._state.before_forward(),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 import torch
 
 from fuyou.core.ledger import Ledger
-from fuyou.core.ticket import Ticket
+from fuyou.core.ticket import DONE, Ticket
 from fuyou.swap.ranges import Range, Staging, WriteBehind
 from fuyou.swap.unit import Chunk, Member
 from fuyou.swap.weights import chunks_of, overlap
@@ -67,6 +67,7 @@ class Gradients:
         self._present: dict[Member, Gradient] = {}  # whose bytes are at home
         self._closing: dict[Chunk, Ticket] = {}  # CUDA: writes that wait for copies off the device
         self._copies: list[Ticket] = []  # CUDA: copies straight into host homes
+        self._leaving: deque[tuple[Ticket, int]] = deque()  # copies off the device, and the bytes charged for each
         self._outbound: Worker | None = None
         self._norms_wanted = True
         self._norms_asked = False
@@ -75,9 +76,12 @@ class Gradients:
     def take(self, member: Member, new: torch.Tensor, old: Gradient | None) -> Gradient:
         """`new` (the parameter's shape and dtype, device), added to `old` where there is one, becomes the gradient.
 
-        Changes `new` in place when it adds. Its memory may be freed on return (CUDA: the copy holds it).
+        Changes `new` in place when it adds. It is charged until it has left; with no room for it, the oldest that is
+        leaving is waited for.
         """
         with self._lock:
+            nbytes = new.numel() * new.itemsize
+            self._charge_leaving(nbytes, member)
             gradient = old if old is not None and old.current else Gradient(member)
             new = new.detach().contiguous()
             if old is not None:
@@ -85,8 +89,9 @@ class Gradients:
             gradient.scales.clear()
             gradient.zero = False
             gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
-            self._write(member, new)
+            self._leaving.append((self._write(member, new), nbytes))
             self._present[member] = gradient
+            self._discharge_left()
             return gradient
 
     def end_backward(self) -> None:
@@ -178,6 +183,11 @@ class Gradients:
                 self._present.pop(gradient.member, None)
 
     def close(self) -> None:
+        for _, nbytes in self._leaving:
+            self._ledger.discharge("device", "gradients", nbytes)
+        self._leaving.clear()
+        for opened in self._open.values():
+            opened.staging.release()
         self._open.clear()
         self._present.clear()
         if self._outbound is not None:
@@ -212,49 +222,71 @@ class Gradients:
         member, flat = old.member, new.view(-1)
         for chunk in chunks_of(member):
             first, last, _ = overlap(member, chunk)
-            part = self._part(member, chunk)
-            # CUDA: on the compute stream; the copy that later overwrites these host bytes waits for that stream.
-            value = part.to(new.device, non_blocking=True) if self._device.is_cuda else part
+            value = self._part(member, chunk)
             if old.scales:
-                value = value.clone() if value is part else value
+                value = value if self._device.is_cuda else value.clone()
                 for scale in old.scales:
                     value.mul_(scale)
             flat[first - member.entry.start : last - member.entry.start].add_(value)
 
     def _part(self, member: Member, chunk: Chunk) -> torch.Tensor:
-        """A parameter's part of a chunk's gradient bytes, on the host, valid until another chunk is opened."""
+        """A parameter's part of a chunk's gradient, to be read on the compute stream.
+
+        CPU: the host bytes themselves, valid until another chunk is opened. CUDA: a device copy that waits for the copies
+        which brought the bytes here; it stands among them, so the bytes are not given back or written home under it.
+        """
         first, last, at = overlap(member, chunk)
         gradient = _range_of(chunk)
         if gradient.on_host:
-            _wait_all(self._copies)
-            data = gradient.home.data  # type: ignore[union-attr]
+            data, copies = gradient.home.data, self._copies  # type: ignore[union-attr]
         else:
             opened = self._opened(chunk)
-            _wait_all(opened.copies)
-            data = opened.staging.views[0]
-        return data.view(member.unit.dtype)[at : at + last - first]
+            data, copies = opened.staging.views[0], opened.copies
+        part = data.view(member.unit.dtype)[at : at + last - first]
+        if not self._device.is_cuda:
+            return part
+        value = torch.empty_like(part, device=member.unit.device)
+        copied = self._device.copy_in(value, part, self._device.mark(), after=copies)
+        self._device.join(copied)
+        copies.append(copied)
+        return value
 
-    def _write(self, member: Member, value: torch.Tensor) -> None:
-        """Start the copies of a whole gradient to its chunks' bytes."""
+    def _charge_leaving(self, nbytes: int, member: Member) -> None:
+        self._discharge_left()
+        while not self._ledger.try_charge("device", "gradients", nbytes):
+            if not self._leaving:
+                self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+                return
+            self._leaving[0][0].wait()
+            self._discharge_left()
+
+    def _discharge_left(self) -> None:
+        while self._leaving and self._leaving[0][0].done():
+            self._ledger.discharge("device", "gradients", self._leaving.popleft()[1])
+
+    def _write(self, member: Member, value: torch.Tensor) -> Ticket:
+        """Start the copies of a whole gradient to its chunks' bytes; returns the last one's ticket (they end in order)."""
         flat = value.view(-1)
+        copied: Ticket = DONE
         for chunk in chunks_of(member):
             first, last, at = overlap(member, chunk)
             source = flat[first - member.entry.start : last - member.entry.start]
             gradient = _range_of(chunk)
             if gradient.on_host:
                 target = gradient.home.data.view(member.unit.dtype)  # type: ignore[union-attr]
-                self._copies.append(self._device.copy_out(target[at : at + last - first], source))
-                if not self._device.is_cuda:
-                    self._copies.clear()
+                copied = self._device.copy_out(target[at : at + last - first], source)
+                self._copies = [each for each in (*self._copies, copied) if not each.done()]
                 gradient.written = True
                 continue
             opened = self._opened(chunk)
             target = opened.staging.views[0].view(member.unit.dtype)
-            opened.copies.append(self._device.copy_out(target[at : at + last - first], source))
+            copied = self._device.copy_out(target[at : at + last - first], source)
+            opened.copies.append(copied)
             opened.changed = True
             opened.expected.discard(member)
             if not opened.expected:
                 self._close(chunk)
+        return copied
 
     def _opened(self, chunk: Chunk) -> _Open:
         """The chunk's gradient in staging, with what is at home already loaded."""
@@ -277,6 +309,7 @@ class Gradients:
         """Start writing an open chunk home; its staging is given back when that is done."""
         opened = self._open.pop(chunk)
         if not opened.changed:
+            _wait_all(opened.copies)
             opened.staging.release()
             return
         if not self._device.is_cuda:  # its copies were complete on return

@@ -121,6 +121,7 @@ class Swapper:
                 raise StateError(f"The weights of {unit.name} were changed while {unit.users} blocks use them.")
             if unit.residency is not Residency.ABSENT:
                 self._drop(unit)
+                unit.copied.wait()  # whoever changes bytes at home on the host must not meet a copy that reads them
 
     def pin(self, unit: Unit) -> None:
         """Keep a unit's device memory from now on: it is read outside of its blocks, and autograd may hold raw views."""
@@ -147,14 +148,19 @@ class Swapper:
     # Reading and writing single parameters, through the same worker and its buffers ---------------------------------
 
     def read_member(self, member: Member, target: torch.Tensor) -> None:
-        """Copy a parameter's current value to `target` ((numel,), its dtype, any device)."""
+        """Copy a parameter's current value to `target` ((numel,), its dtype, host or device); complete on return."""
+        ready = self._device.mark()  # `target` may be memory that queued kernels still use
 
         def run() -> None:
             with self._device.guard():
                 for chunk, weights in self._chunks(chunks_of(member)):
                     first, last, at = overlap(member, chunk)
                     source = weights.view(member.unit.dtype)[at : at + last - first]
-                    target[first - member.entry.start : last - member.entry.start].copy_(source)
+                    part = target[first - member.entry.start : last - member.entry.start]
+                    if target.is_cuda:
+                        self._device.copy_in(part, source, ready).wait()
+                    else:
+                        part.copy_(source)
 
         self._inbound.submit(run, f"reading {member.name}").wait()
 
@@ -171,6 +177,7 @@ class Swapper:
                         chunk.weights.home.write(weights.data_ptr(), weights).wait()  # type: ignore[union-attr]
 
         self.invalidate(member.unit)
+        source = source.cpu()  # behind the kernels that make it
         self._inbound.submit(run, f"writing {member.name}").wait()
 
     # Within ----------------------------------------------------------------------------------------------------------

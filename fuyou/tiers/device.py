@@ -6,29 +6,35 @@ import contextlib
 import ctypes
 import mmap
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fuyou.core.errors import ConfigError
+from fuyou.core.errors import BudgetError, ConfigError
+from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
 
 
 class EventTicket:
-    """A copy queued on a CUDA stream: done when the event recorded behind it is; keeps both ends alive until then."""
+    """A copy queued on a CUDA stream: done when the event recorded behind it is.
 
-    __slots__ = ("_keep", "event")
+    It keeps the host end mapped. The device end is ordered by streams: its memory may be freed, and is reused only
+    behind the copy. Who leased the host bytes gives them back behind this ticket.
+    """
 
-    def __init__(self, event: torch.cuda.Event, keep: tuple[Any, ...]) -> None:
+    __slots__ = ("_host", "event")
+
+    def __init__(self, event: torch.cuda.Event, host: torch.Tensor) -> None:
         self.event = event
-        self._keep = keep
+        self._host: torch.Tensor | None = host
 
     def done(self) -> bool:
         return self.event.query()
 
     def wait(self, timeout_s: float = DEADLINE_S) -> None:
         self.event.synchronize()  # only worker threads and step() come here; the compute stream uses Device.join
-        self._keep = ()
+        self._host = None
 
 
 class DeviceMemory:
@@ -76,8 +82,9 @@ class Device:
     CPU: the same calls are memcpy, complete on return.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, budget_bytes: int) -> None:
         self.device = device
+        self._budget_bytes = budget_bytes
         self.is_cuda = device.type == "cuda"
         self.host_to_device_bytes = 0
         self.device_to_host_bytes = 0
@@ -86,12 +93,45 @@ class Device:
             self.h2d_stream = torch.cuda.Stream(device)
             self.d2h_stream = torch.cuda.Stream(device)
 
+    def limit(self) -> None:
+        """Hold torch's allocator to the budget: activations and workspaces are not ours to charge before they are made."""
+        if self.is_cuda:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self._budget_bytes / total), self.device)
+
+    def close(self) -> None:
+        if self.is_cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    @contextlib.contextmanager
+    def within_budget(self, what: str) -> Iterator[None]:
+        """Torch's own out-of-memory error, raised at the budget, in the numbers of the budget."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not self.is_cuda:
+                raise
+            used = torch.cuda.memory_allocated(self.device)
+            raise BudgetError(
+                f"The device budget gpu={format_bytes(self._budget_bytes)} cannot hold what {what} computes: "
+                f"{format_bytes(used)} are in use and torch asked for more ({error}). Give gpu more, or take a smaller batch "
+                "or shorter sequences.".replace("\n", " "),
+                tier="device", needed_bytes=self._budget_bytes + 1, given_bytes=self._budget_bytes,
+            ) from error  # fmt: skip
+
     def mark(self) -> torch.cuda.Event | None:
         """An event behind all that the compute stream holds so far (None on a CPU)."""
         return torch.cuda.current_stream(self.device).record_event() if self.is_cuda else None
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, ready: torch.cuda.Event | None = None) -> Ticket:
-        """host → device. `target` and `source`: contiguous, equal bytes."""
+    def copy_in(
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        ready: torch.cuda.Event | None = None,
+        after: Sequence[Ticket] = (),
+    ) -> Ticket:
+        """host → device, behind `ready` and the copies `after`. `target` and `source`: contiguous, equal bytes."""
         nbytes = source.numel() * source.itemsize
         with self._counting:
             self.host_to_device_bytes += nbytes
@@ -101,8 +141,11 @@ class Device:
         with torch.cuda.stream(self.h2d_stream):
             if ready is not None:
                 self.h2d_stream.wait_event(ready)
+            for ticket in after:
+                if isinstance(ticket, EventTicket):
+                    self.h2d_stream.wait_event(ticket.event)
             target.copy_(source, non_blocking=True)
-            return EventTicket(self.h2d_stream.record_event(), (target, source))
+            return EventTicket(self.h2d_stream.record_event(), source)
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
         """device → host, after all that the compute stream holds so far. Contiguous, equal bytes."""
@@ -118,7 +161,7 @@ class Device:
             target.copy_(source, non_blocking=True)
             # The source's memory may be freed by autograd at once: the allocator must not hand it out before this copy.
             source.record_stream(self.d2h_stream)
-            return EventTicket(self.d2h_stream.record_event(), (target, source))
+            return EventTicket(self.d2h_stream.record_event(), target)
 
     def join(self, ticket: Ticket) -> None:
         """The compute stream waits for a copy in; the host does not."""
