@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -45,7 +44,13 @@ class TestConfig:
 
     @pytest.mark.parametrize(
         ("option", "value"),
-        [("activations", "host"), ("activations", "nvme"), ("durability", "step"), ("micro_batch", 4), ("verify_reads", True)],
+        [
+            ("activations", "host"),
+            ("activations", "nvme"),
+            ("durability", "step"),
+            ("micro_batch", 4),
+            ("verify_reads", True),
+        ],
     )
     def test_what_is_not_built_yet_is_said_in_one_sentence(self, option, value):
         with pytest.raises(fuyou.ConfigError, match="not built yet"):
@@ -167,8 +172,6 @@ class TestWrapped:
 
 
 class TestFolders:
-    SMALL = {"ram": 2**20}  # noqa: RUF012
-
     def test_missing(self, tmp_path):
         refused("does not exist", fuyou.StoreError, nvme=tmp_path / "nowhere")
 
@@ -193,7 +196,9 @@ class TestFolders:
             "run = fuyou.wrap(m, o, nvme=sys.argv[1], ram='64MiB', gpu='256MiB', device='cpu')\n"
             "print('ready', flush=True); time.sleep(600)"
         )
-        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as holder:
             try:
                 assert holder.stdout.readline() == "ready\n"
                 error = refused("in use", fuyou.StoreError, nvme=tmp_path)
@@ -201,7 +206,6 @@ class TestFolders:
                 assert (tmp_path / "fuyou-store").stat().st_mode & 0o777 == 0o700
             finally:
                 holder.kill()
-        time.sleep(0)
         model, optimizer = model_and_optimizer()
         wrap(model, optimizer, nvme=tmp_path).close()
         assert list(tmp_path.iterdir()) == []

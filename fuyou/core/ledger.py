@@ -33,7 +33,7 @@ class Ledger:
     def charge(self, tier: str, category: str, nbytes: int, what: str = "") -> None:
         """Book `nbytes`, or raise BudgetError with the tier, the bytes needed and given, and who asked."""
         with self._lock:
-            needed = self._total(tier) + nbytes
+            needed = self._total(tier, category, nbytes)
             if needed > self.budgets[tier]:
                 raise BudgetError(
                     self._refusal(tier, category, nbytes, what, needed),
@@ -44,7 +44,7 @@ class Ledger:
     def try_charge(self, tier: str, category: str, nbytes: int) -> bool:
         """Book `nbytes` where they fit; False, and nothing booked, where they do not."""
         with self._lock:
-            if self._total(tier) + nbytes > self.budgets[tier]:
+            if self._total(tier, category, nbytes) > self.budgets[tier]:
                 return False
             self._book(tier, category, nbytes)
             return True
@@ -92,9 +92,15 @@ class Ledger:
                 for tier in TIERS
             }
 
-    def _total(self, tier: str) -> int:
-        held, activations = self._held[tier], self._held[tier]["activations"]
-        return sum(held.values()) - activations + max(self._allowance[tier], activations + self._reserve[tier])
+    def _total(self, tier: str, category: str = "activations", nbytes: int = 0) -> int:
+        """What counts against the budget once `nbytes` more of `category` are held."""
+        activations = self._held[tier]["activations"]
+        others = sum(self._held[tier].values()) - activations
+        if category == "activations":
+            activations += nbytes
+        else:
+            others += nbytes
+        return others + max(self._allowance[tier], activations + self._reserve[tier])
 
     def _book(self, tier: str, category: str, nbytes: int) -> None:
         self._held[tier][category] += nbytes
