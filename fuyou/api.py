@@ -251,9 +251,9 @@ class Run:
             limit_bytes=plan.slot_limit_bytes, buffer_bytes=plan.inbound_buffer_bytes,
             bind=self._away.bind, unbind=self._away.unbind,
         )  # fmt: skip
-        self._away.start(self._swapper)
         self._gradients = Gradients(self._link, self._ledger, self._writes)
         self._access = StateAccess(self._kernels, self._writes)
+        self._away.start(self._swapper, self._access)
         self._clock = StepClock()
         self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
         of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}

@@ -23,6 +23,7 @@ from torch import nn
 from fuyou.core.errors import StateError
 from fuyou.core.ledger import Ledger
 from fuyou.swap.activations import HookStack
+from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member, Unit
 from fuyou.swap.weights import Swapper
 
@@ -72,8 +73,9 @@ class Away:
         self._loans: list[_Loan] = []
         self._closed = ""
 
-    def start(self, swapper: Swapper) -> None:
+    def start(self, swapper: Swapper, access: StateAccess) -> None:
         self._swapper = swapper
+        self._access = access
 
     def adopt(self, unit: Unit) -> None:
         """The unit's parameters go away; their own memory is freed."""
@@ -175,7 +177,7 @@ class Away:
                 f"given {tuple(value.shape)} {value.dtype}: shapes and dtypes are fixed until run.close()."
             )
         self.settle()
-        self._swapper.write_member(member, value.detach().contiguous().view(-1))
+        self._write(member, value.detach().contiguous().view(-1))
 
     def _read(self, member: Member) -> torch.Tensor:
         value = torch.empty(member.entry.count, dtype=member.unit.dtype, device=member.unit.device)
@@ -193,8 +195,16 @@ class Away:
 
     def _write_home(self, loan: _Loan) -> None:
         if loan.changed:
-            self._swapper.write_member(loan.member, loan.value.detach().view(-1))
+            self._write(loan.member, loan.value.detach().view(-1))
             loan.versions = loan.now()
+
+    def _write(self, member: Member, value: torch.Tensor) -> None:
+        """Make `value` ((numel,), the parameter's dtype) the parameter's, and its master's where that is split."""
+        if member.unit.split and member.unit.optimized:
+            self._swapper.invalidate(member.unit)
+            self._access.write_copy(member, value)
+        else:
+            self._swapper.write_member(member, value)
 
     def _discharge(self, loan: _Loan) -> None:
         self._ledger.discharge("device", "weights", loan.value.numel() * loan.value.itemsize)

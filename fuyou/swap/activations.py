@@ -199,7 +199,8 @@ class Frame:
             self.needs_weights = True
             return SavedWeight(self, unit, tensor)
         if not self._recompute:
-            return Held(tensor, self._book, f"what {self.name} saves")
+            # Detached: autograd hands a leaf itself, and a parameter of another block goes away again after this call.
+            return Held(tensor.detach(), self._book, f"what {self.name} saves")
         if tensor.untyped_storage()._cdata in self._inputs:
             return Held(tensor.detach(), self._book, f"the inputs of {self.name}")
         self.needs_weights = True

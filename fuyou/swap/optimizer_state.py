@@ -125,6 +125,26 @@ class StateAccess:
                     self._kernels.merge(weights[part], low[part], exp_avg_sq[part], master)
                     yield master
 
+    def write_copy(self, member: Member, copy: torch.Tensor) -> None:
+        """`copy` ((numel,) bf16, any device) was written to a split member: it is the compute copy from now on.
+
+        Where it differs from what was there the master is `copy` itself; elsewhere the master keeps its low bits.
+        """
+        for chunk in chunks_of(member):
+            loaded = _Loaded(self._writes, chunk)
+            with loaded as (weights, low, _, exp_avg_sq):
+                first, last, at = overlap(member, chunk)
+                part = slice(at, at + last - first)
+                new = copy[first - member.entry.start : last - member.entry.start].cpu()
+                changed = new.view(torch.int16) != weights[part].view(torch.int16)
+                if low is None or not bool(changed.any()):
+                    continue
+                master = torch.empty(last - first, dtype=torch.float32)
+                self._kernels.merge(weights[part], low[part], exp_avg_sq[part], master)
+                torch.where(changed, new.float(), master, out=master)
+                self._kernels.split(master, weights[part], low[part], exp_avg_sq[part])
+                loaded.store()
+
     def write(self, member: Member, values: dict[str, torch.Tensor]) -> None:
         """Replace any of exp_avg, exp_avg_sq, master by host or device tensors of the parameter's shape."""
         flat = {kind: value.detach().reshape(-1) for kind, value in values.items()}

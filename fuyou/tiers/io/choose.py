@@ -17,17 +17,20 @@ def open_engine(kind: str = "auto") -> Engine:
     """
     if kind not in ("auto", *KINDS):
         raise ConfigError(f'io={kind!r} is none of "auto", ' + ", ".join(f'"{name}"' for name in KINDS) + ".")
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}  # why not -> the engines that it rules out
     for name in KINDS if kind == "auto" else (kind,):
         try:
-            return _open(name, note=_note(name, reasons))
+            return _open(name, note=f"{name}, because {_text(reasons)}" if reasons else "")
         except (ImportError, OSError) as error:
-            reasons.append(f"{name} is not available: {_reason(error)}")
-    raise ConfigError(f"io={kind!r} cannot be had here: {'; '.join(reasons)}.")
+            reasons.setdefault(_reason(error), []).append(name)
+    raise ConfigError(f"io={kind!r} cannot be had here: {_text(reasons)}.")
 
 
-def _note(name: str, reasons: list[str]) -> str:
-    return f"{name}, because {'; '.join(reasons)}" if reasons else ""
+def _text(reasons: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not available: {why}"
+        for why, names in reasons.items()
+    )
 
 
 def _open(name: str, note: str) -> Engine:
