@@ -187,6 +187,12 @@ class PlainBf16:
         for copy in self.masters:
             copy.grad = None
 
+    def copies_were_written(self) -> None:
+        """Somebody wrote to the model's parameters: their masters follow where a value changed."""
+        for copy, master in self.masters.items():
+            changed = copy.data.view(torch.int16) != master.data.bfloat16().view(torch.int16)
+            master.data[changed] = copy.data[changed].float()
+
 
 def values_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: each.detach().clone() for name, each in model.named_parameters()}

@@ -777,3 +777,70 @@ def test_bf16_state_survives_a_round_trip(nvme):
         side.scheduler.last_epoch = 2
         assert side.steps(2) == first
         assert models.differing(model, weights) == []
+
+
+# --- bf16 -------------------------------------------------------------------------------------------------------------
+
+
+def compare_bf16(script: Script, nvme: Path) -> None:
+    """As `compare`, against the plain loop with masters; they too must be the same in the end."""
+    case = models.CASES["gpt"]
+    oracle = case.model()
+    plain = models.PlainBf16(oracle)
+    seen = script(Side(case, oracle, plain, models.schedule_of(plain.inner)))
+    case, model, optimizer, scheduler = started("gpt")
+    with fuyou.wrap(
+        model, optimizer, nvme, ram="640KiB", gpu="1GiB", device="cpu", config=fuyou.Config(precision="bf16")
+    ) as run:
+        found = script(Side(case, model, run.optimizer, scheduler))
+        masters = [run.optimizer.state[each]["master"] for each in model.parameters()]
+        assert same(masters, list(plain.masters.values()))
+        assert models.differing(model, models.values_of(oracle)) == []
+    assert same(found, seen), _first_difference(found, seen)
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_bf16_gradients_are_changed_in_place(how, nvme):
+    def script(side: Side) -> Any:
+        seen = side.backwards(2)
+        for part in range(2):
+            with torch.no_grad():
+                for _, each in side.named():
+                    CHANGES[how](each.grad, each)
+            seen += side.backwards(1) if part == 0 else side.finish()
+        return seen + side.steps(1)
+
+    compare_bf16(script, nvme)
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_bf16_parameters_are_written(how, nvme):
+    """Where a write changes the compute copy the master is what was written; elsewhere it keeps its low bits."""
+
+    def script(side: Side) -> Any:
+        def write() -> None:
+            torch.manual_seed(side.step)
+            with torch.no_grad():
+                WRITES[how](side)
+                if isinstance(side.optimizer, models.PlainBf16):
+                    side.optimizer.copies_were_written()
+
+        seen = side.steps(1)
+        write()
+        seen += side.backwards()
+        write()
+        return seen + side.finish() + side.steps(1)
+
+    compare_bf16(script, nvme)
+
+
+def test_bf16_masters_know_of_a_write_at_once(nvme):
+    case, model, optimizer, scheduler = started("gpt")
+    with fuyou.wrap(
+        model, optimizer, nvme, ram="640KiB", gpu="1GiB", device="cpu", config=fuyou.Config(precision="bf16")
+    ) as run:
+        Side(case, model, run.optimizer, scheduler).steps(1)
+        for each in model.parameters():
+            data = each.data
+            data.fill_(17.0)
+            assert bool((run.optimizer.state[each]["master"] == 17.0).all())

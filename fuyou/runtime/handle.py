@@ -138,6 +138,11 @@ def _foreach(single: Callable) -> Callable:
     return each
 
 
+def _foreach_scale(self: torch.Tensor, other: Any) -> None:
+    """torch's foreach rounds a number to the list's dtype first, which `mul_` does not: in bf16 the bits differ."""
+    self.mul_(other if isinstance(other, torch.Tensor) else torch.tensor(other, dtype=self.dtype))
+
+
 def _foreach_norm(function: Any, selves: list, ord: Any = 2, dtype: Any = None) -> Any:
     return [torch.linalg.vector_norm(self, ord, dtype=dtype) for self in selves]
 
@@ -149,6 +154,6 @@ _FAST: dict[Any, Callable] = {
     _ATEN.zero_: _zero,
     _ATEN.detach: _alias,
     _ATEN._foreach_zero_: _foreach(torch.Tensor.zero_),
-    _ATEN._foreach_mul_: _foreach(torch.Tensor.mul_),
+    _ATEN._foreach_mul_: _foreach(_foreach_scale),
     _ATEN._foreach_norm: _foreach_norm,
 }

@@ -22,14 +22,16 @@ _REFUSED_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
 class StateView(Mapping):
     """`optimizer.state`: parameter → {step, exp_avg, exp_avg_sq, and master in bf16}, read from the tiers when asked."""
 
-    def __init__(self, members: dict[int, Member], access: StateAccess) -> None:
+    def __init__(self, members: dict[int, Member], access: StateAccess, settle: Callable[[], None]) -> None:
         self._members = members
         self._access = access
+        self._settle = settle
 
     def __getitem__(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         member = self._members.get(id(parameter))
         if member is None or member.step == 0:
             raise KeyError("this parameter has no optimizer state yet")
+        self._settle()
         return read_state(member, self._access)
 
     def __contains__(self, parameter: object) -> bool:
@@ -68,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         self._gradients = gradients
         self._access = access
         self._guard = guard
-        self.state = StateView(members, access)  # type: ignore[assignment]
+        self.state = StateView(members, access, schedule.settle_weights)  # type: ignore[assignment]
         self._ready = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

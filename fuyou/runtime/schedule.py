@@ -258,6 +258,10 @@ class Schedule:
         self.end_backward()
         self._away.settle(stale=True)
 
+    def settle_weights(self) -> None:
+        """What the user changed through loans is home: a master that is read now knows of it."""
+        self._away.settle()
+
     def replace_state(self, member: Member, values: dict[str, torch.Tensor], access: StateAccess) -> None:
         """Write optimizer state, and with a master the weights: nothing on the device or in a loan shows them any more."""
         self.before_step()
