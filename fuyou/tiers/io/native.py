@@ -11,8 +11,8 @@ from fuyou.core.errors import StateError
 from fuyou.tiers.io.engine import Engine, Failure, IoTicket, Kind
 from fuyou.tiers.io.files import File
 
-# Measured with 1 MiB direct reads: beyond 32 in flight nothing is gained, and pieces of 1 MiB let a short request
-# overtake a long one soon.
+# Measured on 1 GiB, direct: pieces of 1 MiB reach the drive's own 2.4 GB/s of reads from 8 in flight on, pieces of
+# 256 KiB lose a fifth of it, larger ones gain nothing. 32 leaves room for drives with a longer way to go.
 QUEUE_DEPTH = 32
 PIECE_BYTES = 1 << 20
 THREAD_COUNT = 8
