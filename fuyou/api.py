@@ -192,6 +192,14 @@ class Run:
     def register(self, name: str, obj: Any) -> None:
         raise ConfigError("run.register is not built yet: a run cannot be resumed.")
 
+    @property
+    def committed_step(self) -> int:
+        raise ConfigError("run.committed_step is not built yet: steps are not committed, and a run cannot be resumed.")
+
+    @property
+    def user_state(self) -> dict[str, Any]:
+        raise ConfigError("run.user_state is not built yet: steps are not committed, and a run cannot be resumed.")
+
     def close(self) -> None:
         """Drain, make the model and the passed optimizer ordinary again, give every byte, file and thread back.
 
