@@ -149,6 +149,9 @@ class Run:
     def settle(self) -> None:
         """Every write under way is done, and every change made to a parameter's copy is home. Raises their errors."""
         self._guard()
+        self._settle()
+
+    def _settle(self) -> None:
         self._schedule.end_backward()
         self._away.settle()
         self._gradients.before_update()
@@ -178,6 +181,9 @@ class Run:
         """Write the weights (the compute copy, in the parameters' dtype) and the model's config to `folder` in Hugging
         Face's layout. Streams: host memory is that of a few chunks. Raises StoreError where the disk has no room."""
         self.settle()
+        self._export(folder)
+
+    def _export(self, folder: str | os.PathLike[str]) -> None:
         sources = [self._source(name, tensor) for name, tensor in names_to_export(self.model)]
         export_pretrained(Path(folder), self.model, sources)
 
@@ -210,7 +216,9 @@ class Run:
         if not self._open or os.getpid() != self._pid:
             return
         try:
-            self.settle()
+            self._settle()
+            if self._schedule.torn:
+                warnings.warn(self._schedule.torn, stacklevel=2)
             self._hand_back()
         finally:
             self._open = False
@@ -365,7 +373,7 @@ class Run:
         where = "call run.save_pretrained(folder) before run.close()"
         if self._folders:
             folder = os.path.join(self._folders[0], "weights-at-close")
-            self.save_pretrained(folder)
+            self._export(folder)
             where = f"they were written to {folder}"
         reason = (
             f"The weights ({format_bytes(weights)}) do not fit into the {format_bytes(free_host_bytes())} of free memory, so "
@@ -411,6 +419,8 @@ class Run:
             )
         if not self._open:
             raise StateError("This run is closed: wrap the model again to train on.")
+        if self._schedule.torn:
+            raise StateError(self._schedule.torn)
 
     def _note(self, text: str) -> None:
         if text:

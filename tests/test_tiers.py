@@ -246,6 +246,34 @@ class TestClose:
         written = load_file(tmp_path / "weights-at-close" / "model.safetensors")
         assert all(torch.equal(written[name], value) for name, value in expected.items())
 
+    def test_an_interrupted_step_is_refused_afterwards_and_leaks_nothing(self, tmp_path, monkeypatch):
+        model, _, run = self.make(tmp_path)
+        model(torch.ones(2, 64)).sum().backward()
+        applied = []
+
+        def interrupt(*_):
+            applied.append(1)
+            if len(applied) == 3:
+                raise KeyboardInterrupt
+            original(*_)
+
+        original = run._schedule._updates._apply
+        monkeypatch.setattr(run._schedule._updates, "_apply", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run.optimizer.step()
+        for use in (
+            run.optimizer.step,
+            run.settle,
+            lambda: run.save_pretrained(tmp_path / "out"),
+            lambda: model(torch.ones(2, 64)),
+        ):
+            with pytest.raises(fuyou.StateError, match="half-way"):
+                use()
+        with pytest.warns(UserWarning, match="half-way"):
+            run.close()
+        assert run._arena.lease_count == 0
+        assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
+
     def test_a_broken_store_is_told_at_close_and_everything_is_still_given_back(self, tmp_path):
         _, _, run = self.make(tmp_path)
         threads = {thread.name for thread in threading.enumerate()}

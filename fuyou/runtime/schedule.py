@@ -79,6 +79,7 @@ class Schedule:
         self._recompute = recompute
         self._traffic = traffic
         self._moved = traffic()
+        self.torn = ""  # why nothing may be trained on or saved any more
         self._lock = threading.RLock()
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
         self._last: dict[str, int | None] = {}  # phase → the block before this one
@@ -243,7 +244,14 @@ class Schedule:
         changed = [unit for unit in self._units if any(member in updates for member in unit.members)]
         for unit in changed:
             self._swapper.invalidate(unit)
-        self._updates.run((chunk for unit in changed for chunk in unit.chunks), updates)
+        try:
+            self._updates.run((chunk for unit in changed for chunk in unit.chunks), updates)
+        except BaseException as error:
+            self.torn = (
+                f"Step {self._clock.count + 1} ended half-way ({type(error).__name__}: {error}): the weights are partly those "
+                "of before and partly those of after it. Start again from the last run.save_pretrained."
+            )
+            raise
         for member, update in updates.items():
             member.step = update.step
         self._gradients.end_step()

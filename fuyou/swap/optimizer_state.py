@@ -59,10 +59,10 @@ class UpdateStream:
                 chunk, staging, loaded = loading[0]
                 with self._stall("nvme_read"):
                     loaded.wait()
-                loading.popleft()
                 with self._stall("adam"), torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
                     self._apply(chunk, staging, updates)
                 self._writes.put(staging.store(0, 1), staging)
+                loading.popleft()  # last: whatever interrupts, a staging is here or with the writes
         finally:
             for _, staging, loaded in loading:  # only after an error: no buffer is given back under a read
                 _settle(loaded)
