@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fuyou.checkpoint.export import MemoryTensor, TensorSource
 from fuyou.checkpoint.pretrained import export_pretrained, names_to_export
+from fuyou.checkpoint.source import MemberSource
 from fuyou.core.blocks import find_blocks
 from fuyou.core.config import Config
 from fuyou.core.errors import ConfigError, StateError
-from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.plan.planner import Plan, make_plan
 from fuyou.report import Report
@@ -24,21 +25,17 @@ from fuyou.runtime.away import Away
 from fuyou.runtime.build import STATE_SLOTS, Homes, make_units, name_optimizer_strangers, numbers_of
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
-from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes, trim_heap
+from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
 from fuyou.runtime.optimizer import Optimizer, check_optimizer, read_state
 from fuyou.runtime.schedule import BlockCalls, Schedule
+from fuyou.runtime.tiers import Tiers, nvme_limit_bytes
 from fuyou.swap.activations import HookStack, TensorBook
-from fuyou.swap.adam import load_kernels, native_problem
 from fuyou.swap.gradients import Gradient, Gradients
 from fuyou.swap.optimizer_state import StateAccess, UpdateStream, fill
-from fuyou.swap.ranges import Staging, WriteBehind
 from fuyou.swap.unit import Member
-from fuyou.swap.weights import Swapper, chunks_of, overlap
-from fuyou.tiers.device import Device, resolve_device
-from fuyou.tiers.host import Arena
-from fuyou.tiers.io import open_engine
-from fuyou.tiers.store import Store, check_folders, free_limit, refuse_without_room
-from fuyou.tiers.worker import Worker
+from fuyou.swap.weights import Swapper
+from fuyou.tiers.device import resolve_device
+from fuyou.tiers.store import check_folders
 
 FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 
@@ -103,7 +100,6 @@ class Run:
         self.model = model
         self.device = device
         self.config = config
-        self.notes: list[str] = []
         self._passed = passed
         self._folders = folders
         self._pid = os.getpid()
@@ -116,24 +112,19 @@ class Run:
             numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=device.type, buffer_bytes=buffers,
             state_slots=STATE_SLOTS, with_nvme=bool(folders),
         )  # fmt: skip
-        limit = self._nvme_limit(nvme_limit, plan)
-        self._plan = plan
+        limit = nvme_limit_bytes(folders, nvme_limit, plan)
         self._units = [unit for unit, _ in packed]
         self._buffer_bytes = buffers
-        self._ledger = Ledger(
-            {"device": gpu_bytes, "host": ram_bytes, "nvme": limit}, allowance={"device": plan.working_bytes}
-        )
         with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
-            self._open_tiers(plan, config, undo)
-            homes = Homes(plan, numbers, self._store)
-            if self._store is not None:
-                self._store.open()
-                undo.callback(self._store.close)
+            self._tiers = Tiers(plan, folders, limit, ram_bytes, gpu_bytes, device, config)
+            undo.callback(self._tiers.close)
+            self._ledger, self._arena = self._tiers.ledger, self._tiers.arena
+            homes = Homes(plan, numbers, self._tiers.store)
+            self._tiers.open_store()
             for index, (unit, named) in enumerate(packed):
                 unit.pack(named)
                 homes.give(index, unit, self._arena)
             self._make_movers(plan, config, blocks)
-            undo.callback(self._swapper.close)
             self._fill(passed)
             undo.pop_all()
         self._install()
@@ -155,11 +146,11 @@ class Run:
         self._schedule.end_backward()
         self._away.settle()
         self._gradients.before_update()
-        self._writes.drain()
+        self._tiers.writes.drain()
 
     def report(self) -> Report:
         """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""
-        steps = list(self._clock.steps)
+        steps, engine = list(self._clock.steps), self._tiers.engine
         warm = steps[1:] or steps  # the first step also finds its way
         names = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes")
         traffic = {
@@ -173,8 +164,8 @@ class Run:
             "steps": steps,
             "step_count": self._clock.count,
             "device": str(self.device),
-            "engine": {"io": self._io_name, "adam": self._kernels.name},
-            "notes": list(self.notes),
+            "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},
+            "notes": list(self._tiers.notes),
         })  # fmt: skip
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -223,52 +214,24 @@ class Run:
         finally:
             self._open = False
             self._installation.remove()
-            self._close_tiers()
+            self._ledger.discharge("device", "weights", self._buffer_bytes)
+            try:
+                self._close_movers()
+            finally:
+                self._tiers.close()
 
     # Building ---------------------------------------------------------------------------------------------------------
 
-    def _nvme_limit(self, nvme_limit: int | str | None, plan: Plan) -> int:
-        if not self._folders:
-            return 0
-        limit = free_limit(self._folders)
-        if nvme_limit is not None:
-            limit = min(parse_bytes(nvme_limit, "nvme_limit"), limit)
-        refuse_without_room(plan.nvme_bytes, limit, self._folders)
-        return limit
-
-    def _open_tiers(self, plan: Plan, config: Config, undo: contextlib.ExitStack) -> None:
-        self._store: Store | None = None
-        self._io_name = "none"
-        self._engine = None
-        if self._folders:
-            self._engine = open_engine(config.io)
-            undo.callback(self._engine.close)
-            self._io_name = self._engine.name
-            self._store = Store(self._folders, self._engine, self._ledger)
-            self._note(self._engine.note)
-        self._kernels = load_kernels()
-        self._note(f"Adam runs through torch: {native_problem()}" if self._kernels.name == "torch" else "")
-        self._arena = Arena(plan.arena_bytes, self._ledger, pin=self.device.type == "cuda")
-        undo.callback(self._arena.close)
-        self._arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
-        self._note(self._arena.note)
-        if self._engine is not None:
-            self._engine.register(self._arena.address, self._arena.nbytes)
-        self._inbound = Worker("fuyou-weights-in")
-        undo.callback(self._inbound.close)
-
     def _make_movers(self, plan: Plan, config: Config, blocks: Sequence[Any]) -> None:
-        hooks = HookStack()
-        self._link = Device(self.device, self._ledger.budgets["device"])
-        self._writes = WriteBehind(self._arena)
+        tiers, hooks = self._tiers, HookStack()
         self._away = Away(self._ledger, hooks)
         self._swapper = Swapper(
-            device=self._link, arena=self._arena, ledger=self._ledger, inbound=self._inbound,
+            device=tiers.link, arena=tiers.arena, ledger=tiers.ledger, inbound=tiers.inbound,
             limit_bytes=plan.slot_limit_bytes, buffer_bytes=plan.inbound_buffer_bytes,
             bind=self._away.bind, unbind=self._away.unbind,
         )  # fmt: skip
-        self._gradients = Gradients(self._link, self._ledger, self._writes)
-        self._access = StateAccess(self._kernels, self._writes)
+        self._gradients = Gradients(tiers.link, tiers.ledger, tiers.writes)
+        self._access = StateAccess(tiers.kernels, tiers.writes)
         self._away.start(self._swapper, self._access)
         self._clock = StepClock()
         self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
@@ -278,9 +241,9 @@ class Run:
         self._schedule = Schedule(
             blocks=[BlockCalls(index, each.name or "the model", each.module, of_block[index]) for index, each in enumerate(blocks)],
             units=self._units, swapper=self._swapper, gradients=self._gradients,
-            updates=UpdateStream(self._kernels, self._writes, self._clock.stall),
+            updates=UpdateStream(tiers.kernels, tiers.writes, self._clock.stall),
             away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=self._link, recompute=config.recompute, traffic=self._traffic,
+            gauge=self._gauge, device=tiers.link, recompute=config.recompute, traffic=tiers.traffic,
         )  # fmt: skip
 
     def _fill(self, passed: torch.optim.Optimizer) -> None:
@@ -292,8 +255,8 @@ class Run:
                 if unit.optimized and "exp_avg" in state:
                     states[member] = state
                     member.step = int(state["step"])
-            fill(unit, self._kernels, self._writes, states)
-        self._writes.drain()
+            fill(unit, self._tiers.kernels, self._tiers.writes, states)
+        self._tiers.writes.drain()
 
     def _install(self) -> None:
         """The point of no return: parameters go away, their memory is freed, hooks are on."""
@@ -317,7 +280,7 @@ class Run:
         self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
         self.optimizer = Optimizer(self._passed, optimized, self._schedule, self._gradients, self._access, self._guard)
         self._passed.state.clear()
-        self._link.limit()
+        self._tiers.link.limit()
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True
@@ -382,32 +345,19 @@ class Run:
         warnings.warn(reason, stacklevel=5)
         self._away.refuse_from_now(reason)
 
-    def _close_tiers(self) -> None:
-        steps: list[Callable[[], None]] = [
-            self._gradients.close,
-            self._swapper.close,
-            self._inbound.close,
-            self._link.close,
-        ]
-        if self._store is not None:
-            steps.append(self._store.close)
-        if self._engine is not None:
-            steps.append(self._engine.close)
-        for unit in self._units:
-            for chunk in unit.chunks:
-                steps += [each.release for each in (chunk.weights, chunk.state, chunk.gradient) if each is not None]
-        steps += [self._arena.close, trim_heap]
-        first: BaseException | None = None
-        for step in steps:
-            try:
-                step()
-            except Exception as error:
-                first = first or error
+    def _close_movers(self) -> None:
+        """Give back what the residents hold; the tiers themselves close after this."""
+        with contextlib.ExitStack() as closing:
+            for unit in self._units:
+                for chunk in unit.chunks:
+                    for each in (chunk.weights, chunk.state, chunk.gradient):
+                        if each is not None:
+                            closing.callback(each.release)
+            closing.callback(self._swapper.close)
+            closing.callback(self._gradients.close)
+            closing.callback(self._tiers.writes.drain)
         for unit in self._units:
             unit.chunks.clear()
-        self._ledger.discharge("device", "weights", self._buffer_bytes)
-        if first is not None:
-            raise first
 
     # Small ------------------------------------------------------------------------------------------------------------
 
@@ -422,48 +372,9 @@ class Run:
         if self._schedule.torn:
             raise StateError(self._schedule.torn)
 
-    def _note(self, text: str) -> None:
-        if text:
-            self.notes.append(text)
-
-    def _traffic(self) -> dict[str, int]:
-        return {
-            "nvme_read_bytes": self._store.read_bytes if self._store else 0,
-            "nvme_write_bytes": self._store.write_bytes if self._store else 0,
-            "host_to_device_bytes": self._link.host_to_device_bytes,
-            "device_to_host_bytes": self._link.device_to_host_bytes,
-        }
-
-    def _source(self, name: str, tensor: torch.Tensor) -> _Source:
-        return _Source(name, tensor, self._members.get(id(tensor)), self._writes)
-
-
-class _Source:
-    """One tensor for export: a parameter chunk by chunk from its home, or a buffer as it is."""
-
-    def __init__(self, name: str, tensor: torch.Tensor, member: Member | None, writes: WriteBehind) -> None:
-        self.name = name
-        self.dtype = tensor.dtype
-        self.shape = tuple(tensor.shape)
-        self._tensor = tensor
-        self._member = member
-        self._writes = writes
-
-    def chunks(self) -> Iterator[memoryview]:
-        if self._member is None:
-            yield self._tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            return
-        for chunk in chunks_of(self._member):
-            staging = self._writes.stage([chunk.weights], f"the export of {self.name}")
-            if not isinstance(staging, Staging):
-                raise StateError(f"No host memory came free for the export of {self.name}.")
-            try:
-                staging.load().wait()
-                first, last, at = overlap(self._member, chunk)
-                part = staging.views[0].view(self.dtype)[at : at + last - first]
-                yield part.view(torch.uint8).numpy().data
-            finally:
-                staging.release()
+    def _source(self, name: str, tensor: torch.Tensor) -> TensorSource:
+        member = self._members.get(id(tensor))
+        return MemoryTensor(name, tensor) if member is None else MemberSource(name, member, self._tiers.writes)
 
 
 def _folders(nvme: Any) -> list[str]:

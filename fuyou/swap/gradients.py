@@ -12,8 +12,7 @@ import torch
 from fuyou.core.ledger import Ledger
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.swap.ranges import Range, Staging, WriteBehind
-from fuyou.swap.unit import Chunk, Member
-from fuyou.swap.weights import chunks_of, overlap
+from fuyou.swap.unit import Chunk, Member, chunks_of, overlap
 from fuyou.tiers.device import Device
 from fuyou.tiers.worker import Worker
 

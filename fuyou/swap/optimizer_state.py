@@ -12,8 +12,7 @@ import torch
 from fuyou.core.ticket import Ticket
 from fuyou.swap.adam import AdamHyper, AdamKernels, torch_tail_width
 from fuyou.swap.ranges import Range, Staging, WriteBehind
-from fuyou.swap.unit import Chunk, Member, Unit
-from fuyou.swap.weights import chunks_of, overlap
+from fuyou.swap.unit import Chunk, Member, Unit, chunks_of, overlap
 
 READ_AHEAD = 2  # chunks being read or waiting while one is updated; the one before is being written
 

@@ -120,3 +120,14 @@ class Unit:
         exp_avg_sq = state[4 * count : 8 * count].view(torch.float32)
         low = state[8 * count : 10 * count].view(torch.int16) if self.split else None
         return low, exp_avg, exp_avg_sq
+
+
+def chunks_of(member: Member) -> list[Chunk]:
+    entry = member.entry
+    return [each for each in member.unit.chunks if each.start < entry.stop and each.stop > entry.start]
+
+
+def overlap(member: Member, chunk: Chunk) -> tuple[int, int, int]:
+    """(first, past-the-last element within the unit, first's place within the chunk) of a parameter in a chunk."""
+    first, last = max(member.entry.start, chunk.start), min(member.entry.stop, chunk.stop)
+    return first, last, first - chunk.start

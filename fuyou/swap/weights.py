@@ -12,7 +12,7 @@ from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DONE, Ticket
-from fuyou.swap.unit import Chunk, Member, Residency, Unit
+from fuyou.swap.unit import Chunk, Member, Residency, Unit, chunks_of, overlap
 from fuyou.tiers.device import Device
 from fuyou.tiers.host import Arena
 from fuyou.tiers.worker import Worker
@@ -270,17 +270,6 @@ class Swapper:
         self._resident.pop(unit)
         self._resident_bytes -= unit.nbytes
         self._ledger.discharge("device", "weights", unit.nbytes)
-
-
-def chunks_of(member: Member) -> list[Chunk]:
-    entry = member.entry
-    return [each for each in member.unit.chunks if each.start < entry.stop and each.stop > entry.start]
-
-
-def overlap(member: Member, chunk: Chunk) -> tuple[int, int, int]:
-    """(first, past-the-last element within the unit, first's place within the chunk) of a parameter in a chunk."""
-    first, last = max(member.entry.start, chunk.start), min(member.entry.stop, chunk.stop)
-    return first, last, first - chunk.start
 
 
 def _settle(ticket: Ticket) -> None:

@@ -1,0 +1,105 @@
+"""The tiers of one run, opened together and closed together."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from fuyou.core.config import Config
+from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import parse_bytes
+from fuyou.plan.planner import Plan
+from fuyou.runtime.measure import trim_heap
+from fuyou.swap.adam import load_kernels, native_problem
+from fuyou.swap.ranges import WriteBehind
+from fuyou.tiers.device import Device
+from fuyou.tiers.host import Arena
+from fuyou.tiers.io import Engine, open_engine
+from fuyou.tiers.store import Store, free_limit, refuse_without_room
+from fuyou.tiers.worker import Worker
+
+
+class Tiers:
+    """Ledger, I/O engine, store, host arena, inbound worker, device link and Adam kernels of one run.
+
+    `notes` says in words where something runs in its second-best way. `open_store` comes after the extents are placed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folders: list[str],
+        nvme_limit: int,
+        ram_bytes: int,
+        gpu_bytes: int,
+        device: torch.device,
+        config: Config,
+    ) -> None:
+        self.notes: list[str] = []
+        self.ledger = Ledger(
+            {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
+        )
+        self.kernels = load_kernels()
+        if self.kernels.name == "torch":
+            self._note(f"Adam runs through torch: {native_problem()}")
+        self.engine: Engine | None = None
+        self.store: Store | None = None
+        self._closing = contextlib.ExitStack()  # runs in reverse, all of it, and raises what went wrong
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._closing.close)
+            if folders:
+                self.engine = open_engine(config.io)
+                self._closing.callback(self.engine.close)
+                self._note(self.engine.note)
+            self.arena = Arena(plan.arena_bytes, self.ledger, pin=device.type == "cuda")
+            self._closing.callback(self.arena.close)
+            self._note(self.arena.note)
+            self.arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
+            if self.engine is not None:
+                if self.engine.register(self.arena.address, self.arena.nbytes):
+                    self._closing.callback(self.engine.unregister, self.arena.address)
+                self.store = Store(folders, self.engine, self.ledger)
+                self._closing.callback(self.store.close)  # waits for what is under way, so before the memory goes
+            self.writes = WriteBehind(self.arena)
+            self.link = Device(device, gpu_bytes)
+            self._closing.callback(self.link.close)
+            self.inbound = Worker("fuyou-weights-in")
+            self._closing.callback(self.inbound.close)
+            undo.pop_all()
+
+    def open_store(self) -> None:
+        """Lock the folders and preallocate the extents that have been placed."""
+        if self.store is not None:
+            self.store.open()
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes moved since the run began."""
+        return {
+            "nvme_read_bytes": self.store.read_bytes if self.store else 0,
+            "nvme_write_bytes": self.store.write_bytes if self.store else 0,
+            "host_to_device_bytes": self.link.host_to_device_bytes,
+            "device_to_host_bytes": self.link.device_to_host_bytes,
+        }
+
+    def close(self) -> None:
+        """Give everything back, whatever of it fails; the first failure is raised. Idempotent."""
+        try:
+            self._closing.close()
+        finally:
+            trim_heap()
+
+    def _note(self, text: str) -> None:
+        if text:
+            self.notes.append(text)
+
+
+def nvme_limit_bytes(folders: list[str], nvme_limit: int | str | None, plan: Plan) -> int:
+    """The NVMe budget: what was given, no more than what is free less 5 %. BudgetError where the plan needs more."""
+    if not folders:
+        return 0
+    limit = free_limit(folders)
+    if nvme_limit is not None:
+        limit = min(parse_bytes(nvme_limit, "nvme_limit"), limit)
+    refuse_without_room(plan.nvme_bytes, limit, folders)
+    return limit
