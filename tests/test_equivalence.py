@@ -33,8 +33,6 @@ PLACES: dict[str, tuple[float | None, set[str], set[str]]] = {
 }
 
 
-
-
 def matrix() -> list[tuple[str, str, str, bool, str]]:
     """(model, place, io, clip, activations): every pair of values that can meet meets; checked below."""
     rows = []
