@@ -17,7 +17,10 @@ JOB = Path(__file__).with_name("bounded_job.py")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "shape",
-    [pytest.param((8192, 768, 12), id="deep"), pytest.param((32000, 640, 12), id="wide vocabulary", marks=pytest.mark.slow)],
+    [
+        pytest.param((8192, 768, 12), id="deep"),
+        pytest.param((32000, 640, 12), id="wide vocabulary", marks=pytest.mark.slow),
+    ],
 )
 def test_100m_parameters_stay_within_the_budgets(tmp_path, shape):
     job = subprocess.run(

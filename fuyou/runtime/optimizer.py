@@ -30,7 +30,7 @@ class StateView(Mapping):
     def __getitem__(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         member = self._members.get(id(parameter))
         if member is None or member.step == 0:
-            raise KeyError("this parameter has no optimizer state yet")
+            return {}  # as torch's: state begins with the first step
         self._settle()
         return read_state(member, self._access)
 

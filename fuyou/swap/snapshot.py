@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fuyou.core.errors import StateError
+
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"forward"}  # hooks, parameters, buffers, submodules, training
 
@@ -101,11 +103,13 @@ class ModuleState:
         for name, buffer, version, before in self._buffers:
             changed = buffer._version != version
             if changed and before is None:
-                raise RuntimeError(
-                    f"buffer {name} changed in a forward for the first time after the block's first call"
+                raise StateError(
+                    f"Buffer {name} was changed by a forward for the first time after its block's first one, so that forward "
+                    "cannot be run again in backward: wrap with Config(activations='keep')."
                 )
             if before is not None and not changed:  # batch norm writes its running statistics past the version counter
-                changed = not torch.equal(before, buffer)
+                # Known to change: not compared again, which would make the host wait for the device.
+                changed = self._mutable.get(name, False) or not torch.equal(before, buffer)
             self._mutable[name] = changed or self._mutable.get(name, False)
             if changed:
                 kept.append((name, buffer, version, before))
