@@ -9,13 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import sides
 import torch
 
 torch.set_num_threads(2)
@@ -32,6 +35,12 @@ def nvme(tmp_path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="fuyou-test-", dir="/var/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=sides.SIDES)
+def compare(request: pytest.FixtureRequest, nvme: Path) -> Callable[..., Any]:
+    """compare(script, name, prepare): both sides of a training loop, see sides.py."""
+    return functools.partial(sides.compare_on, sides.SIDES[request.param], nvme)
 
 
 def _file_system(path: Path) -> str:
