@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tune a 36M-parameter Llama whose training state is four times the host memory that it is given.
+# Fine-tune a Llama of 36.8M parameters whose training state is four times the host memory that it is given.
 #
 #   bash scripts/quickstart.sh [FOLDER]        (default: ./quickstart; PYTHON=python3.12 chooses the interpreter)
 #
-# FOLDER/venv, model/, tokenizer and data.jsonl are made the first time and kept; a second run trains into run-2/.
+# venv/, model/ and data.jsonl in FOLDER are made the first time and kept; a second run trains into run-2/.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,8 +27,10 @@ venv/bin/python "$repo/scripts/quickstart_setup.py" "$repo/examples/quickstart.y
 run=1
 while [ -e "run-$run" ]; do run=$((run + 1)); done
 echo "3/4  Training into $folder/run-$run"
-venv/bin/fuyou train "$repo/examples/quickstart.yaml" --set "output=run-$run"
+summary=$(venv/bin/fuyou train "$repo/examples/quickstart.yaml" --set "output=run-$run")  # the bar is on stderr
 
-echo
-echo "4/4  What came of it"
-venv/bin/python "$repo/scripts/quickstart_show.py" "run-$run"
+echo "4/4  What came of it, in $folder"
+status=0
+venv/bin/python "$repo/scripts/quickstart_show.py" "run-$run" || status=$?
+printf '\nPeak memory by tier and category, against the budgets:\n%s\n' "$summary"
+exit $status

@@ -1,7 +1,7 @@
 """Make what the quickstart trains, in the working directory: data.jsonl, nvme/, and model/ with its tokenizer.
 
 Text: the docstrings of this interpreter's standard library, as instruction data (signature → docstring). Model: a
-Llama of 35.8M parameters with random weights, in bf16. Whatever is there already is kept.
+Llama of 36.8M parameters with random weights, in bf16. Whatever is there already is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from fuyou.train.config import read_config
 from fuyou.train.documents import read_documents, split
 
-VOCABULARY = 4096
+VOCABULARY = 8192
 SHORTEST = 32  # characters; shorter docstrings ("Return self.") say little
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
 
@@ -105,11 +105,11 @@ def save_model(folder: Path, seed: int) -> int:
     torch.manual_seed(seed)
     llama = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=704,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=11,
+        num_key_value_heads=11,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -1,4 +1,4 @@
-"""End of the quickstart: held-out loss before and after, a text that the exported model writes, where the files are.
+"""End of the quickstart: held-out loss before and after, and a text that the exported model writes.
 
 Exits 1 where the loss did not begin near chance and fall by a quarter: then this machine trains something else.
 """
@@ -29,20 +29,9 @@ def main(run: Path) -> int:
     print(f"  before  {before:.3f}   (chance: ln {len(tokenizer)} = {chance:.3f})")
     print(f"  after   {after:.3f}   ({1 - after / before:.0%} less)")
 
-    print(
-        "\nThe exported model, given a signature, writes a docstring (in form rather than sense, so small and early):"
-    )
+    print("\nThe exported model, given a signature, writes a docstring (its form; sense takes more training):")
     for line in (PROMPT + sample(run / "model", tokenizer)).splitlines():
         print(f"  | {line}")
-
-    print("\nFiles:")
-    for name, what in {
-        "model": "the trained model, for transformers",
-        "metrics.jsonl": "loss, learning rate, gradient norm, tokens, seconds of every step",
-        "report.json": "memory by tier and category, traffic, stalls",
-        "config.yaml": "what was run",
-    }.items():
-        print(f"  {(run / name).resolve()}   {what}")
 
     if abs(before - chance) > 0.3 or after > 0.75 * before:
         print("\nquickstart: the loss should begin within 0.3 of chance and fall by a quarter.", file=sys.stderr)
