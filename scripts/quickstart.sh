@@ -17,7 +17,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     exit 2
 fi
 
-echo "1/4  Installing fuyou into $folder/venv"
+echo "1/4  Installing fuyou into $folder/venv (the first time with PyTorch, which can take minutes)"
 [ -x venv/bin/python ] || "$python" -m venv venv
 venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$repo/constraints.txt" "$repo[hf]"
 
