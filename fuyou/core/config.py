@@ -57,7 +57,7 @@ class Config:
     def __init__(self, **options: Any) -> None:
         for name in options:
             if name not in _DEFAULTS:
-                raise ConfigError(f"Config has no option {name!r}{nearest(name, _DEFAULTS)}.")
+                raise ConfigError(f"Config has no option {name!r}{nearest(name, _DEFAULTS)}")
         for name, default in _DEFAULTS.items():
             object.__setattr__(self, name, _checked(name, options.get(name, default)))
 
@@ -80,9 +80,9 @@ class Config:
 
 
 def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """': did you mean X?' or the list of what is known, to end a sentence with."""
+    """': did you mean X?' or the list of what is known: the end of a sentence that says what is not there."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {match[0]!r}?" if match else f"; it has {', '.join(known)}"
+    return f": did you mean {match[0]!r}?" if match else f"; it has {', '.join(known)}."
 
 
 def _checked(name: str, value: Any) -> Any:
