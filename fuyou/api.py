@@ -211,6 +211,9 @@ class Run:
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
             self._hand_back()
+        except BaseException as error:
+            self._away.refuse_from_now(f"The run could not give the weights back when it closed: {error}")
+            raise
         finally:
             self._open = False
             self._installation.remove()

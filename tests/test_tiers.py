@@ -275,7 +275,7 @@ class TestClose:
         assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
 
     def test_a_broken_store_is_told_at_close_and_everything_is_still_given_back(self, tmp_path):
-        _, _, run = self.make(tmp_path)
+        model, _, run = self.make(tmp_path)
         threads = {thread.name for thread in threading.enumerate()}
         assert "fuyou-weights-in" in threads
         run.settle()  # or a write that is still under way would make the file longer again
@@ -285,3 +285,17 @@ class TestClose:
         assert not any(thread.name.startswith("fuyou") for thread in threading.enumerate())
         assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
         run.close()
+        with pytest.raises(fuyou.StateError, match="could not give the weights back"):
+            [parameter.sum() for parameter in model.parameters()]
+
+    def test_gradients_that_were_brought_back_and_cleared_leave_no_charge(self, tmp_path):
+        model, _, run = self.make(tmp_path)
+        for _ in range(3):
+            model(torch.ones(2, 64)).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad[0].mul_(2)  # a view: the gradient is on the device from here on
+            assert run._ledger.held("device", "gradients") > 0
+            run.optimizer.zero_grad()  # no step
+            assert run._ledger.held("device", "gradients") == 0
+        run.close()
+        assert run._ledger.held("device") == 0

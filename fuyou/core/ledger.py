@@ -24,7 +24,7 @@ class Ledger:
     def __init__(self, budgets: Mapping[str, int], allowance: Mapping[str, int] | None = None) -> None:
         self.budgets = {tier: budgets[tier] for tier in TIERS}
         self._allowance = {tier: (allowance or {}).get(tier, 0) for tier in TIERS}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside a charge may free what discharges here
         self._held = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)

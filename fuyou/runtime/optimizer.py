@@ -66,6 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups = passed.param_groups  # the list itself
         self._passed = passed
         self._members = members
+        self._by_hand: list[Gradient] = []  # of gradients that were set as plain tensors, for the length of a step
         self._schedule = schedule
         self._gradients = gradients
         self._access = access
@@ -83,6 +84,7 @@ class Optimizer(torch.optim.Optimizer):
         self._passed._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the passed optimizer looks here
         self._schedule.before_step()
         updates: dict[Member, MemberUpdate] = {}
+        self._by_hand.clear()
         for group in self.param_groups:
             hyper = _hyper(group, decoupled=isinstance(self._passed, torch.optim.AdamW))
             for parameter in group["params"]:
@@ -91,6 +93,7 @@ class Optimizer(torch.optim.Optimizer):
                     updates[member] = MemberUpdate(hyper, member.step + 1, self._scales(member))
         with torch.profiler.record_function("fuyou::step"):
             self._schedule.step(updates)
+        self._by_hand.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -154,7 +157,8 @@ class Optimizer(torch.optim.Optimizer):
             return tuple(float(scale) for scale in gradient.scales)
         if grad is None or grad.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients.")
-        self._gradients.adopt(Gradient(member), grad)  # set by hand
+        self._by_hand.append(Gradient(member))  # held until its bytes are used
+        self._gradients.adopt(self._by_hand[-1], grad)
         return ()
 
 

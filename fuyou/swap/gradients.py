@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,12 +27,13 @@ class Gradient:
     are this gradient's; a newer backward has taken them over otherwise, and `live` keeps the value.
     """
 
-    __slots__ = ("current", "live", "member", "norm", "scales", "zero")
+    __slots__ = ("__weakref__", "charge", "current", "live", "member", "norm", "scales", "zero")
 
     def __init__(self, member: Member) -> None:
         self.member = member
         self.scales: list[float | torch.Tensor] = []
         self.live: torch.Tensor | None = None
+        self.charge: Callable[[], object] | None = None  # discharges `live`, once; on collection too
         self.norm: torch.Tensor | None = None
         self.zero = False
         self.current = True
@@ -63,7 +65,8 @@ class Gradients:
         self._ledger = ledger
         self._writes = writes
         self._open: OrderedDict[Chunk, _Open] = OrderedDict()
-        self._present: dict[Member, Gradient] = {}  # whose bytes are at home
+        # Whose bytes are at home. Weak: handles hold their gradient, and cleared ones have no bytes worth reading.
+        self._present: weakref.WeakValueDictionary[Member, Gradient] = weakref.WeakValueDictionary()
         self._closing: dict[Chunk, Ticket] = {}  # CUDA: writes that wait for copies off the device
         self._copies: list[Ticket] = []  # CUDA: copies straight into host homes
         self._leaving: deque[tuple[Ticket, int]] = deque()  # copies off the device, and the bytes charged for each
@@ -121,7 +124,10 @@ class Gradients:
         """The value as a device tensor of the parameter's shape, charged; changes to it count from now on."""
         with self._lock:
             if gradient.live is None:
-                gradient.live = self._charged_value(gradient)
+                gradient.live = value = self._charged_value(gradient)
+                gradient.charge = weakref.finalize(
+                    gradient, self._ledger.discharge, "device", "gradients", value.numel() * value.itemsize
+                )
                 gradient.zero, gradient.norm = False, None
                 gradient.scales.clear()
             return gradient.live
@@ -160,7 +166,7 @@ class Gradients:
             self._drop_live(gradient)
 
     def adopt(self, gradient: Gradient, value: torch.Tensor) -> None:
-        """`value` ((the parameter's shape and dtype), device) was set as `p.grad` by hand."""
+        """`value` ((the parameter's shape and dtype), device) was set as `p.grad` by hand. The caller holds `gradient`."""
         with self._lock:
             if (present := self._present.get(gradient.member)) is not None:
                 self.save(present)
@@ -173,13 +179,6 @@ class Gradients:
             self.materialise(gradient)
             gradient.current = False
             self._present.pop(gradient.member, None)
-
-    def forget(self, gradient: Gradient) -> None:
-        """Nobody refers to it any more."""
-        with self._lock:
-            self._drop_live(gradient)
-            if gradient.current:
-                self._present.pop(gradient.member, None)
 
     def close(self) -> None:
         for _, nbytes in self._leaving:
@@ -327,9 +326,9 @@ class Gradients:
         self._writes.put(written, opened.staging)
 
     def _drop_live(self, gradient: Gradient) -> None:
-        if gradient.live is not None:
-            self._ledger.discharge("device", "gradients", gradient.live.numel() * gradient.live.itemsize)
-            gradient.live = None
+        if gradient.charge is not None:
+            gradient.charge()
+            gradient.live = gradient.charge = None
 
 
 def _range_of(chunk: Chunk) -> Range:

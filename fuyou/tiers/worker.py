@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from fuyou.core.errors import DeadlineError
+from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.ticket import DEADLINE_S
 
 
@@ -50,6 +50,8 @@ class Worker:
         self._thread.start()
 
     def submit(self, run: Callable[[], None], name: str) -> Job:
+        if not self._thread.is_alive():
+            raise StateError(f"{name}: the run is closed.")
         job = Job(run, name)
         self._jobs.put(job)
         return job
