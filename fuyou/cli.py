@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # the command line itself, refused by typer's parser
             return _fail(f"{error.format_message()} Try `fuyou --help`.", 2)
         if isinstance(error, FuyouError):
-            return _fail(str(error), 2)
+            return _fail(str(error), error.exit_status)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 
 class FuyouError(Exception):
-    """Root of the family; the CLI prints it as one paragraph and exits 2."""
+    """Root of the family; the CLI prints it as one paragraph and exits with `exit_status`.
+
+    2: an argument, a configuration, an input or a budget is to be changed. 1: a job that was right went wrong.
+    """
+
+    exit_status = 2
 
 
 class ConfigError(FuyouError, ValueError):
@@ -49,3 +54,9 @@ class StateError(FuyouError, RuntimeError):
 
 class DataError(FuyouError, ValueError):
     """Training data that is missing, empty or malformed; file and line are named."""
+
+
+class DivergedError(FuyouError, ArithmeticError):
+    """The loss or the gradient is not finite; the update that it belongs to was not made."""
+
+    exit_status = 1

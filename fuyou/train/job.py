@@ -22,6 +22,7 @@ from fuyou.train.documents import read_documents, split
 from fuyou.train.loop import step_count, train
 from fuyou.train.model import load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output
+from fuyou.train.preview import preview
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,25 @@ class Inputs:
     held_out: Rows | None
 
 
-def run_job(config: TrainConfig) -> None:
-    """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, model/."""
+def run_job(config: TrainConfig, dry_run: bool = False) -> None:
+    """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, model/.
+
+    dry_run: resolve everything, refuse what would be refused, print what would run, and leave nothing behind.
+    """
     output = Path(config.output)
     check_output(output)
     check_folders(config.nvme_folders())
     inputs = read_inputs(config)
     seed_everything(config.seed)
     model = load_model(config.model, config.precision)
+    optimizer = make_optimizer(model, config)
+    if dry_run:
+        print(preview(model, optimizer, config, inputs.training))
+        return
 
     with wrap(
         model,
-        make_optimizer(model, config),
+        optimizer,
         nvme=config.nvme,
         nvme_limit=config.nvme_limit,
         ram=config.ram,

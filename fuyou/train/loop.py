@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from fuyou.core.errors import DivergedError
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.output import Metrics
 from fuyou.train.schedule import learning_rate_factor
 
 
-class DivergedError(ArithmeticError):
-    """The loss or the gradient is not finite; the update that it belongs to was not made."""
+def row_count(config: TrainConfig, rows: int) -> int:
+    """Rows that the run sees. `epochs` sees every row that often, so its last step may be smaller than the others."""
+    if config.steps is not None:
+        return config.steps * config.batch_size * config.accumulation
+    return math.ceil(Fraction(repr(config.epochs or 1.0)) * rows)  # as it is written: 0.1 of 30 rows is 3, not 4
 
 
 def step_count(config: TrainConfig, rows: int) -> int:
-    """Steps of the run. With `epochs`, every row is seen that often; the last step is filled from the next epoch."""
-    if config.steps is not None:
-        return config.steps
-    return math.ceil((config.epochs or 1) * rows / (config.batch_size * config.accumulation))
+    """Steps of the run: `accumulation` backwards of `batch_size` rows each, but for what is left over at the end."""
+    return -(-row_count(config, rows) // (config.batch_size * config.accumulation))
+
+
+def epoch_count(config: TrainConfig, rows: int) -> float:
+    return row_count(config, rows) / rows
 
 
 def row_order(rows: int, seed: int) -> Iterator[int]:
@@ -36,6 +44,13 @@ def row_order(rows: int, seed: int) -> Iterator[int]:
     while True:
         yield from torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         epoch += 1
+
+
+def row_batches(config: TrainConfig, rows: int) -> Iterator[list[list[int]]]:
+    """The row numbers of every backward of every step."""
+    order = itertools.islice(row_order(rows, config.seed), row_count(config, rows))
+    while step := list(itertools.islice(order, config.batch_size * config.accumulation)):
+        yield [step[start : start + config.batch_size] for start in range(0, len(step), config.batch_size)]
 
 
 def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, metrics: Metrics) -> dict[str, Any]:
@@ -47,7 +62,6 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
     """
     steps = step_count(config, len(training))
     scheduler = LambdaLR(run.optimizer, learning_rate_factor(config.schedule, config.warmup_steps, steps))
-    order = row_order(len(training), config.seed)
     losses: dict[int, float] = {}
 
     def evaluate(step: int) -> None:
@@ -61,10 +75,9 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
     with _progress(steps) as bar:
         evaluate(0)
         run.model.train()
-        for step in range(1, steps + 1):
+        for step, batches in enumerate(row_batches(config, len(training)), start=1):
             started = time.perf_counter()
             learning_rate = scheduler.get_last_lr()[0]
-            batches = [[next(order) for _ in range(config.batch_size)] for _ in range(config.accumulation)]
 
             loss = _accumulate(run, training, batches, step)
             norm = _clip(run, config.max_grad_norm, step)
