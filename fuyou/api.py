@@ -17,6 +17,7 @@ from fuyou.checkpoint.pretrained import export_pretrained, names_to_export
 from fuyou.checkpoint.source import MemberSource
 from fuyou.core.blocks import find_blocks
 from fuyou.core.config import Config
+from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, StateError
 from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.plan.planner import Plan, make_plan
@@ -43,7 +44,7 @@ FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 def wrap(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    nvme: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    nvme: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | LeftOut | None = LEFT_OUT,
     nvme_limit: int | str | None = None,
     ram: int | str | None = None,
     gpu: int | str | None = None,
@@ -55,7 +56,8 @@ def wrap(
     nvme: folder, or one per drive; None keeps everything in host memory. nvme_limit: bytes on the drives (None: what is
     free, less 5 %). ram, gpu: bytes of host and device memory, ints or strings such as "48GiB" (None: 80 % of what is
     free; on a CPU device that is split between the two, and `gpu` covers what a GPU would hold). device: None takes
-    cuda where there is one.
+    cuda where there is one. What is left out is first looked for in the environment, where `fuyou launch` puts it
+    (FUYOU_NVME, FUYOU_NVME_LIMIT, FUYOU_RAM, FUYOU_GPU, FUYOU_DEVICE); nvme left out and not there is None.
 
     The model is instrumented in place: its classes, names and state_dict keys stay. Use the result as a context manager,
     and `run.optimizer` in place of `optimizer`.
@@ -73,6 +75,7 @@ def wrap(
     if is_wrapped(model):
         raise ConfigError("This model is wrapped already: close that run first (run.close()), then wrap again.")
     name_optimizer_strangers(model, optimizer)
+    nvme, nvme_limit, ram, gpu, device = places(nvme, nvme_limit, ram, gpu, device)
     target = resolve_device(device)
     ram_bytes, gpu_bytes = _budgets(ram, gpu, target)
     return Run(model, optimizer, _folders(nvme), nvme_limit, ram_bytes, gpu_bytes, target, config)
