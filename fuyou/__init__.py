@@ -1,6 +1,10 @@
 """fuyou: full fine-tuning of models that are larger than the machine's memory, streamed over device, RAM and NVMe."""
 
-from fuyou.api import Run, wrap
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fuyou.core.config import Config
 from fuyou.core.errors import (
     BudgetError,
@@ -13,6 +17,9 @@ from fuyou.core.errors import (
     StoreError,
 )
 from fuyou.report import Report
+
+if TYPE_CHECKING:
+    from fuyou.api import Run, wrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +36,12 @@ __all__ = [
     "StoreError",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`wrap` and `Run` bring torch, 200 MB and seconds: `fuyou launch`, which waits beside a training script for its whole
+    life, and a command that is refused do without."""
+    if name in ("Run", "wrap", "api"):
+        api = importlib.import_module("fuyou.api")
+        return api if name == "api" else getattr(api, name)
+    raise AttributeError(f"module 'fuyou' has no attribute {name!r}")

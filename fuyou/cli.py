@@ -5,15 +5,33 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fuyou.core.errors import FuyouError
+from fuyou.core.errors import ConfigError, FuyouError
 
 _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
+_NOT_BUILT = {
+    "resume": "a run cannot be resumed yet; `fuyou train` starts a new one",
+    "plan": "`fuyou train CONFIG.yaml --dry-run` shows what a job would hold",
+    "doctor": "`fuyou train CONFIG.yaml --dry-run` refuses what cannot work here",
+    "verify": "an exported model is checked by loading it",
+    "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
+    "export": "`fuyou train` exports at its end, to model/ in the run's folder; in your own loop, run.save_pretrained does",
+}
+
+
+@dataclass
+class Invocation:
+    """What a command tells `main` beside its return."""
+
+    debug: bool = False
+    status: int | None = None  # of a launched script: the command's own
+
 
 app = typer.Typer(
     help="Fine-tune models whose training state does not fit in memory.",
@@ -22,7 +40,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+def _remember_debug(context: typer.Context, wanted: bool) -> bool:
+    if isinstance(context.obj, Invocation):
+        context.obj.debug = wanted
+    return wanted
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, is_eager=True)
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,44 +68,148 @@ def fuyou(
 
 
 @app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.", show_default=True)] = Path(
+        "fuyou.yaml"
+    ),
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A Hugging Face folder, or an id on the hub.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A file of training data; repeatable.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="The folder that the run fills.")] = None,
+    nvme: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="A folder on the drive, one a drive; repeatable. `null`: host RAM only."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented configuration for `fuyou train`: every key with its default, and these values filled in."""
+    from fuyou.train.init import write_config
+
+    values: dict[str, Any] = {"model": model, "output": output}
+    values = {key: value for key, value in values.items() if value is not None}
+    for key, items in (("data", data), ("nvme", nvme)):
+        if items:
+            values[key] = items[0] if len(items) == 1 else items
+    if values.get("nvme") == "null":
+        values["nvme"] = None
+    left = write_config(path, values, force)
+    first = f"fill in {', '.join(left)}, then try" if left else "try"
+    print(f"Wrote {path}: {first} `fuyou train {path} --dry-run`.")
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A flat YAML file of keys and values.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="key=value", help="Override a key of the file; repeatable.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check everything, show what would run, and train nothing.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune as CONFIG.yaml says; the model, metrics and memory report are in its `output` folder."""
+    from fuyou.core.environment import places
     from fuyou.train.config import read_config
 
     settings = read_config(config, set_ or ())
+    # Budgets and a device that are null are the environment's, as they would be in `wrap`; so the run's folder shows them.
+    found = places(settings.nvme, settings.nvme_limit, settings.ram, settings.gpu, settings.device)
+    settings = settings.model_copy(update=found._asdict())
     from fuyou.train.job import run_job  # only now: a configuration that is refused need not wait for torch
 
-    run_job(settings)
+    run_job(settings, dry_run=dry_run)
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False},  # what follows SCRIPT is the script's, --help and -- too
+    epilog="Example: fuyou launch --nvme /mnt/nvme --ram 48GiB finetune.py --lr 1e-5",
+)
+def launch(
+    context: typer.Context,
+    script: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGS]", help="A Python file, and its arguments.")],
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for `python -m`.")] = False,
+    nvme: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="A folder on the drive, one a drive; repeatable.")
+    ] = None,
+    nvme_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="What the drives may hold.")] = None,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="What host memory may hold, as 48GiB.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="What the device's memory may hold.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda, cuda:1 or cpu.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Compute threads; else OMP_NUM_THREADS, else one a physical core of those granted."),
+    ] = None,
+    cores: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Bind to these cores, as 0-7,16; else those next to the GPU.")
+    ] = None,
+    no_bind: Annotated[bool, typer.Option("--no-bind", help="Bind to no cores.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not say what was set.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run your own script in Python, with these as defaults for its `fuyou.wrap`; an argument in the script wins.
+
+    They are passed in the environment: FUYOU_NVME (folders with ":" between them), FUYOU_NVME_LIMIT, FUYOU_RAM,
+    FUYOU_GPU, FUYOU_DEVICE. Signals reach the script, and its exit status is this command's (128 + N where signal N
+    killed it, and then standard error says why). Give this command's options before SCRIPT.
+    """
+    from fuyou.train.launch import Launch, launch
+
+    context.obj.status = launch(
+        Launch(
+            script[0], script[1:], module, nvme or (), nvme_limit, ram, gpu, device, threads, cores, not no_bind, quiet
+        )
+    )
+
+
+def _refuse_not_built(context: typer.Context) -> None:
+    name = context.info_name or ""
+    raise ConfigError(f"`fuyou {name}` is not built yet: {_NOT_BUILT[name]}.")
+
+
+for _name in _NOT_BUILT:
+    app.command(_name, hidden=True, add_help_option=False,
+                context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(_refuse_not_built)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 2: a bad argument, configuration or input; 1: any other failure; 130: interrupted."""
+    """Run one command. 0: done; 2: a bad argument, configuration or input; 1: any other failure; 130: interrupted; of
+    `launch`, the script's own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    invocation = Invocation()
     try:
-        status = app(args=given, prog_name="fuyou", standalone_mode=False)
-        return _interrupted() if status == _INTERRUPTED else status if isinstance(status, int) else 0
+        status = app(args=given, prog_name="fuyou", standalone_mode=False, obj=invocation)
+        if invocation.status is not None:
+            return invocation.status
+        return _interrupted(given) if status == _INTERRUPTED else status if isinstance(status, int) else 0
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(given)
     except Exception as error:
-        if "--debug" in given:
+        if invocation.debug:
             traceback.print_exc()
         if isinstance(error, typer.Abort):
-            return _interrupted()
+            return _interrupted(given)
         if hasattr(error, "format_message"):  # the command line itself, refused by typer's parser
-            return _fail(f"{error.format_message()} Try `fuyou --help`.", 2)
+            message = error.format_message()
+            stop = "" if message.endswith((".", "?")) else "."
+            return _fail(f"{message}{stop} Try `fuyou {_command(given)}--help`.", 2)
         if isinstance(error, FuyouError):
             return _fail(str(error), error.exit_status)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-def _interrupted() -> int:
-    return _fail("interrupted: the run was closed, and nothing was exported.", _INTERRUPTED)
+def _command(given: Sequence[str]) -> str:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    return f"{given[0]} " if given and given[0] in known else ""
+
+
+def _interrupted(given: Sequence[str]) -> int:
+    train = given[:1] == ["train"]
+    return _fail(
+        "interrupted: the run was closed, and nothing was exported." if train else "interrupted.", _INTERRUPTED
+    )
 
 
 def _fail(message: str, status: int) -> int:
