@@ -6,14 +6,13 @@ import contextlib
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fuyou.checkpoint.export import MemoryTensor, TensorSource
-from fuyou.checkpoint.pretrained import export_pretrained, names_to_export
+from fuyou.checkpoint.pretrained import export_pretrained
 from fuyou.checkpoint.source import MemberSource
 from fuyou.core.blocks import find_blocks
 from fuyou.core.config import Config
@@ -171,15 +170,16 @@ class Run:
             "notes": list(self._tiers.notes),
         })  # fmt: skip
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], merge_adapters: bool = False) -> None:
         """Write the weights (the compute copy, in the parameters' dtype) and the model's config to `folder` in Hugging
-        Face's layout. Streams: host memory is that of a few chunks. Raises StoreError where the disk has no room."""
+        Face's layout; of a model with PEFT adapters these alone, in PEFT's layout, or with `merge_adapters` the whole
+        model with them added (LoRA). Streams: host memory is that of a few chunks. Raises StoreError where the disk has
+        no room, ConfigError for adapters that cannot be merged."""
         self.settle()
-        self._export(folder)
+        self._export(folder, merge_adapters)
 
-    def _export(self, folder: str | os.PathLike[str]) -> None:
-        sources = [self._source(name, tensor) for name, tensor in names_to_export(self.model)]
-        export_pretrained(Path(folder), self.model, sources)
+    def _export(self, folder: str | os.PathLike[str], merge_adapters: bool = False) -> None:
+        export_pretrained(folder, self.model, self._source, merge_adapters=merge_adapters)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         raise ConfigError(

@@ -253,8 +253,7 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("family", MODELS)
 def test_from_pretrained_gives_the_same_model(tmp_path: Path, family: str, shard_bytes: int) -> None:
     model = build(family, torch.bfloat16)
-    sources = [MemoryTensor(name, tensor) for name, tensor in names_to_export(model)]
-    files = export_pretrained(tmp_path, model, sources, shard_bytes=shard_bytes)
+    files = export_pretrained(tmp_path, model, shard_bytes=shard_bytes)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -278,8 +277,7 @@ def test_names_are_those_of_transformers_own_export(tmp_path: Path, family: str)
 def test_config_beside_the_weights_says_what_was_exported(tmp_path: Path) -> None:
     model = build("llama")
     before = model.config.to_dict()
-    half = [MemoryTensor(name, tensor.bfloat16()) for name, tensor in names_to_export(model)]
-    export_pretrained(tmp_path, model, half)
+    export_pretrained(tmp_path, model, lambda name, tensor: MemoryTensor(name, tensor.bfloat16()))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
@@ -315,7 +313,7 @@ def test_names_need_no_bytes() -> None:
 
 def test_a_plain_module_is_exported_without_a_config(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    files = export_pretrained(tmp_path, model, [MemoryTensor(n, t) for n, t in names_to_export(model)])
+    files = export_pretrained(tmp_path, model)
     assert [path.name for path in files] == [WEIGHTS]
 
 

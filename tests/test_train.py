@@ -94,7 +94,7 @@ def test_one_epoch_unless_said_otherwise(tmp_path):
         ("verify_reads=true", "not built yet"),
         ("save_every=10", "save_every=10 is not built yet"),
         ("save_total_limit=1", "not built yet"),
-        ("report_to=wandb", "not built yet"),
+        ("report_to=wandbb", "did you mean .wandb"),
         ("steps", "not key=value"),
         ("=3", "not key=value"),
         ("betas=[0.9", "does not parse"),

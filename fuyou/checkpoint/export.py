@@ -26,7 +26,6 @@ from fuyou.core.sizes import format_bytes
 SHARD_BYTES = 5 * 10**9
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _HEADER_LIMIT_BYTES = 100_000_000  # a reader refuses more
 _CHUNK_BYTES = 4 << 20
 _SLACK_BYTES = 1 << 20  # index, file system metadata
@@ -83,8 +82,9 @@ def write_safetensors(
     *,
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
 ) -> list[Path]:
-    """Write `sources` as model.safetensors, or as shards of at most `shard_bytes` and their index, and name the files.
+    """Write `sources` as STEM.safetensors, or as shards of at most `shard_bytes` and their index, and name the files.
 
     A tensor larger than `shard_bytes` has a shard of its own. Files appear under their names only when all of them are
     complete and on the drive; the weights of an earlier export into the folder are replaced. `metadata` is
@@ -98,7 +98,8 @@ def write_safetensors(
     _check_sources(sources, shard_bytes)
     _remove_leftovers(path)
     shards = _shards(sources, shard_bytes)
-    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    whole, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    names = [whole] if len(shards) == 1 else [_shard_name(stem, i, len(shards)) for i in range(len(shards))]
     headers = [_header(shard, metadata) for shard in shards]
     _check_room(path, sum(map(len, headers)) + sum(map(_nbytes, sources)))
 
@@ -110,12 +111,12 @@ def write_safetensors(
             _write_shard(file, shard, header)
             files.append(file)
         if len(shards) > 1:
-            index = PartialFile(path / INDEX)
-            unfinished.callback(index.discard)
-            index.write(memoryview(_index(names, shards)))
-            index.finish()
-            files.append(index)
-        _publish(path, files)
+            listing = PartialFile(path / index)
+            unfinished.callback(listing.discard)
+            listing.write(memoryview(_index(names, shards)))
+            listing.finish()
+            files.append(listing)
+        _publish(path, files, stem)
     return [file.final for file in files]
 
 
@@ -173,8 +174,8 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[TensorSource]]) -> by
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
 
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def _shard_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_shard(file: PartialFile, shard: Sequence[TensorSource], header: bytes) -> None:
@@ -248,17 +249,19 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def _publish(folder: Path, files: Sequence[PartialFile]) -> None:
-    """Put the finished files in place. Readers take model.safetensors first, else the index: so the name that makes an
+def _publish(folder: Path, files: Sequence[PartialFile], stem: str) -> None:
+    """Put the finished files in place. Readers take STEM.safetensors first, else the index: so the name that makes an
     export visible comes last, and no reader ever finds old and new shards under one index.
     """
     new = {file.final.name for file in files}
-    if INDEX in new:
-        (folder / INDEX).unlink(missing_ok=True)
+    index = f"{stem}.safetensors.index.json"
+    if index in new:
+        (folder / index).unlink(missing_ok=True)
     for file in files:
         file.publish()
     sync_folder(folder)
+    earlier = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
     for path in folder.iterdir():
-        if path.name not in new and (path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
+        if path.name not in new and earlier.fullmatch(path.name):
             path.unlink()
     sync_folder(folder)

@@ -14,22 +14,31 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fuyou.checkpoint.export import SHARD_BYTES, TensorSource, write_safetensors
+from fuyou.checkpoint.adapters import (
+    MergedTensor,
+    Named,
+    Source,
+    adapter_configs,
+    export_adapters,
+    merged_state,
+    unwrapped,
+)
+from fuyou.checkpoint.export import SHARD_BYTES, MemoryTensor, TensorSource, write_safetensors
 from fuyou.checkpoint.partial import PREFIX, sync_folder
 from fuyou.core.errors import ConfigError
 
 
-def names_to_export(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def names_to_export(model: nn.Module, state: Named | None = None) -> Named:
     """(name in the file, tensor) of every parameter and persistent buffer, each distinct tensor once.
 
     The names are those that `model.save_pretrained` of transformers writes: of a tied weight the one that loading
     expects, and the checkpoint's own names where transformers has renamed modules since (ViT, GPT-NeoX). Where it also
     splits tensors on saving (a mixture's experts), the names of the model in memory are kept: transformers loads both.
-    A tensor is told by its identity, not by its bytes, which may be away.
+    A tensor is told by its identity, not by its bytes, which may be away. `state`: instead of the model's own.
     """
     aliases: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in _state(model):
+    for name, tensor in _state(model) if state is None else state:
         aliases.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     duplicates = _tied_names(model)
@@ -43,28 +52,39 @@ def names_to_export(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def export_pretrained(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    sources: Sequence[TensorSource],
+    source: Source = MemoryTensor,
     *,
     shard_bytes: int = SHARD_BYTES,
+    merge_adapters: bool = False,
 ) -> list[Path]:
-    """Write `sources` as weights, with the model's config.json and generation_config.json where it has them.
+    """Write the model's weights, with its config.json and generation_config.json where it has them; of a model with PEFT
+    adapters these alone, in PEFT's layout, or with `merge_adapters` the whole model with them added (LoRA).
 
-    Nothing holds more than a few MiB. Returns the files written. Raises what `write_safetensors` raises, and
-    ConfigError for a model with adapters.
+    `source` gives a tensor's bytes by name and tensor. Nothing holds more than a few MiB. Returns the files written.
+    Raises what `write_safetensors` raises, and ConfigError for adapters that cannot be merged.
     """
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            "the model has PEFT adapters, and exporting those is not built yet: close the run, then save them with the "
-            "model's own save_pretrained."
-        )
+    folder = Path(folder)
+    layers: dict[int, Any] = {}
+    state = None
+    if adapter_configs(model):
+        if not merge_adapters:
+            return export_adapters(folder, model, _state(model), source)
+        model = unwrapped(model)
+        state, layers = merged_state(model, _state(model))
+    elif merge_adapters:
+        raise ConfigError("The model has no adapters to merge: export it without merging.")
+    sources: list[TensorSource] = []
+    for name, tensor in names_to_export(model, state):
+        layer = layers.get(id(tensor))
+        sources.append(source(name, tensor) if layer is None else MergedTensor(source(name, tensor), layer))
     weights = write_safetensors(folder, sources, shard_bytes=shard_bytes)
-    return weights + _write_configs(Path(folder), model, sources)
+    return weights + _write_configs(folder, model, sources)
 
 
 # --- names --------------------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _state(model: nn.Module) -> Named:
     """What state_dict() would hold, under all its names, without asking for any bytes."""
     found: list[tuple[str, torch.Tensor]] = []
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -1,11 +1,12 @@
-"""The configuration of `fuyou train`: one flat YAML file, in which only the first four keys have no default."""
+"""The configuration of `fuyou train`: one YAML file, flat but for `lora`; only the first four keys have no default."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fuyou.core.config import Config, nearest
 from fuyou.core.errors import ConfigError
 from fuyou.core.sizes import parse_bytes
+from fuyou.train.trackers import check_trackers
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # YAML 1.1 reads 1e-4 as a string
 
@@ -40,6 +42,18 @@ Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class LoraSettings(BaseModel):
+    """`lora`: low-rank adapters (arXiv 2106.09685) on frozen weights. The defaults are TRL's, the most widely copied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: Annotated[Integer, Field(ge=1)] = 16  # rank
+    alpha: Annotated[Number, Field(gt=0)] = 32.0  # the adapter's output is scaled by alpha / r
+    dropout: Share = 0.05  # on the adapter's input
+    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] | None = None  # null: peft's own
+    merge: bool = False  # export the whole model with the adapters added to its weights
 
 
 class TrainConfig(BaseModel):
@@ -70,7 +84,8 @@ class TrainConfig(BaseModel):
     batch_size: Annotated[Integer, Field(ge=1)] = 1  # rows a backward
     accumulation: Annotated[Integer, Field(ge=1)] = 1  # backwards a step
     sequence_length: Annotated[Integer, Field(ge=2)] = 512
-    packing: bool = True
+    packing: bool | Literal["stream"] = True
+    lora: LoraSettings | None = None  # null: all parameters are trained
 
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-5
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
@@ -79,6 +94,7 @@ class TrainConfig(BaseModel):
     warmup_steps: Annotated[Integer, Field(ge=0)] = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0  # 0: no clipping, and no norm is computed
+    nonfinite: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is inf or nan
 
     eval_share: Share = 0.05  # of the distinct documents; 0: no held-out loss
     eval_every: Annotated[Integer, Field(ge=1)] | None = None  # null: before the first step and after the last
@@ -111,15 +127,26 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     places = dict.fromkeys(values, f"{path}")
     for override in overrides:
         key, value = _parse_override(override)
+        outer, dot, inner = key.partition(".")
+        if dot and outer == "lora":  # lora.r=8 changes one key of what the file has
+            held = values.get(outer)
+            value = {**(held if isinstance(held, dict) else {}), inner: value}
+            key = outer
         values[key], places[key] = value, "--set"
-    for key in values:
-        if key not in TrainConfig.model_fields:
-            raise ConfigError(f"{places[key]}: unknown key {key!r}{nearest(str(key), list(TrainConfig.model_fields))}")
+    _refuse_unknown(values, TrainConfig, lambda key: places[key])
+    if isinstance(values.get("lora"), dict):
+        _refuse_unknown(values["lora"], LoraSettings, lambda key: f"{places['lora']}: lora")
     try:
         config = TrainConfig(**values)
     except ValidationError as error:
         raise ConfigError(_first_error(error, values, places, path)) from None
     return _resolved(config)
+
+
+def _refuse_unknown(values: dict[Any, Any], model: type[BaseModel], place: Callable[[Any], str]) -> None:
+    for key in values:
+        if key not in model.model_fields:
+            raise ConfigError(f"{place(key)}: unknown key {key!r}{nearest(str(key), list(model.model_fields))}")
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
@@ -174,7 +201,13 @@ def _first_error(error: ValidationError, values: dict[str, Any], places: dict[st
     if first["type"] == "missing":
         return f"{path}: the key {key!r} is missing; {_required()} have no default."
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{places[key]}: {key}={values[key]!r} is refused: {reason[:1].lower()}{reason[1:]}."
+    value, name = values[key], key
+    if key == "lora" and isinstance(value, dict):
+        inner = str(first["loc"][1])
+        name, value = f"lora.{inner}", value[inner]
+    elif key == "lora":
+        reason = "give a mapping such as {r: 16, alpha: 32}, {} for its defaults, or null to train all parameters"
+    return f"{places[key]}: {name}={value!r} is refused: {reason[:1].lower()}{reason[1:]}."
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
@@ -186,6 +219,9 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     for name, instead in _NOT_BUILT.items():
         if getattr(config, name):
             raise ConfigError(f"{name}={getattr(config, name)!r} is not built yet: leave it out; {instead}.")
+    check_trackers(config.report_to)
+    if config.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("lora needs the package peft, which is not installed: pip install 'fuyou[lora]'.")
     if config.steps is not None and config.epochs is not None:
         raise ConfigError(
             f"steps={config.steps} and epochs={config.epochs:g} are both given: keep one, and set the other to null."
@@ -205,5 +241,4 @@ def _resolved(config: TrainConfig) -> TrainConfig:
 _NOT_BUILT = {
     "save_every": "a run is saved once, at its end, to output/model",
     "save_total_limit": "a run is saved once, at its end, to output/model",
-    "report_to": "metrics are in output/metrics.jsonl",
 }

@@ -4,7 +4,6 @@ output folder is made."""
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ import torch
 from fuyou.api import wrap
 from fuyou.core.errors import ConfigError
 from fuyou.tiers.store import check_folders
+from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows
 from fuyou.train.documents import read_documents, split
 from fuyou.train.loop import step_count, train
 from fuyou.train.model import load_model, load_tokenizer
-from fuyou.train.output import check_output, opened_output
+from fuyou.train.output import check_output, opened_output, say
 from fuyou.train.preview import preview
 
 
@@ -43,6 +43,8 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
     inputs = read_inputs(config)
     seed_everything(config.seed)
     model = load_model(config.model, config.precision)
+    if config.lora is not None:
+        model = add_adapters(model, config.lora, config.seed)
     optimizer = make_optimizer(model, config)
     if dry_run:
         print(preview(model, optimizer, config, inputs.training))
@@ -61,7 +63,7 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
         with opened_output(output, config) as metrics:
             seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
             result = train(run, config, inputs.training, inputs.held_out, metrics)
-        run.save_pretrained(output / "model")
+        run.save_pretrained(output / "model", merge_adapters=config.lora is not None and config.lora.merge)
         inputs.tokenizer.save_pretrained(output / "model")
         report = run.report()
         report.save(output / "report.json")
@@ -74,22 +76,22 @@ def read_inputs(config: TrainConfig) -> Inputs:
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(config.model, config.sequence_length)
     learnt, kept_back = split(documents, config.eval_share, config.seed)
-    training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training")
+    training = make_rows(learnt, tokenizer, config.sequence_length, bool(config.packing), "training")
     held_out = None
     if kept_back:
-        held_out = make_rows(kept_back, tokenizer, config.sequence_length, config.packing, "held-out")
+        held_out = make_rows(kept_back, tokenizer, config.sequence_length, bool(config.packing), "held-out")
     steps = step_count(config, len(training))
     if config.warmup_steps > steps:
         raise ConfigError(
             f"warmup_steps={config.warmup_steps} is more than the {steps} steps of this data: warm up for fewer."
         )
-    _say(
+    say(
         f"{len(documents):,} documents: {len(learnt):,} to train on in {len(training):,} rows of "
         f"{config.sequence_length} tokens, {len(kept_back):,} held out; {steps:,} steps."
     )
     for rows in (training, held_out):
         for note in rows.notes if rows is not None else ():
-            _say(note)
+            say(note)
     return Inputs(tokenizer, training, held_out)
 
 
@@ -128,7 +130,3 @@ def summary(output: Path, result: dict[str, Any]) -> str:
         ("configuration", str(output / "config.yaml")),
     ]
     return "\n" + "\n".join(f"{name:<15}{value}" for name, value in rows)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

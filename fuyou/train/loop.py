@@ -15,11 +15,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from fuyou.core.errors import DivergedError
+from fuyou.core.errors import ConfigError, DivergedError
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.output import Metrics
 from fuyou.train.schedule import learning_rate_factor
+
+SKIPS_IN_A_ROW = 10  # updates left out one after another, under `nonfinite: skip`, before a run is given up
 
 
 def row_count(config: TrainConfig, rows: int) -> int:
@@ -54,22 +56,26 @@ def row_batches(config: TrainConfig, rows: int) -> Iterator[list[list[int]]]:
 
 
 def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, metrics: Metrics) -> dict[str, Any]:
-    """Train `run.model` for all its steps; return {"steps", "eval_loss_before", "eval_loss_after"}.
+    """Train `run.model` for all its steps; return {"steps", "skipped", "eval_loss_before", "eval_loss_after"}.
 
     The loss of a step is the plain mean of its backwards' losses, each a mean over that batch's own labels: backward is
-    called on loss / accumulation, as in a plain PyTorch loop. Raises DivergedError before the update of the step whose
-    loss or gradient norm is not finite.
+    called on loss / backwards, as in a plain PyTorch loop. Where the loss or the gradient norm of a step is not finite,
+    its update is not made: DivergedError, or with `nonfinite: skip` training goes on with the next rows, until
+    `SKIPS_IN_A_ROW` steps in a row came to nothing.
     """
     steps = step_count(config, len(training))
     scheduler = LambdaLR(run.optimizer, learning_rate_factor(config.schedule, config.warmup_steps, steps))
     losses: dict[int, float] = {}
+    skipped = in_a_row = 0
 
     def evaluate(step: int) -> None:
         if held_out is not None and step not in losses:
             started = time.perf_counter()
             losses[step], tokens = held_out_loss(run, held_out, config.batch_size)
             seconds = time.perf_counter() - started
-            metrics.write_evaluation(step=step, eval_loss=losses[step], tokens=tokens, seconds=round(seconds, 4))
+            metrics.write_evaluation(
+                step=step, eval_loss=_number(losses[step]), tokens=tokens, seconds=round(seconds, 4)
+            )
             bar.write(f"step {step}: held-out loss {losses[step]:.4f}", file=sys.stderr)
 
     with _progress(steps) as bar:
@@ -80,22 +86,31 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             learning_rate = scheduler.get_last_lr()[0]
 
             loss = _accumulate(run, training, batches, step)
-            norm = _clip(run, config.max_grad_norm, step)
-            run.optimizer.step()
+            norm = _clip(run, config) if math.isfinite(loss) else None
+            problem = _not_finite(step, loss, norm)
+            if not problem:
+                run.optimizer.step()
             scheduler.step()
             run.optimizer.zero_grad()
 
+            in_a_row = in_a_row + 1 if problem else 0
+            skipped += bool(problem)
+            if problem:
+                _go_on_or_stop(problem, config.nonfinite, in_a_row, bar)
             seconds = time.perf_counter() - started
             tokens = sum(training.token_count(rows) for rows in batches)
             metrics.write_step(
-                step=step, loss=loss, lr=learning_rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4)
-            )
+                step=step, loss=_number(loss), lr=learning_rate, grad_norm=_number(norm), tokens=tokens,
+                seconds=round(seconds, 4), skipped=skipped,
+            )  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
             if config.eval_every is not None and step % config.eval_every == 0:
                 evaluate(step)
         evaluate(steps)
-    return {"steps": steps, "eval_loss_before": losses.get(0), "eval_loss_after": losses.get(steps)}
+    return {
+        "steps": steps, "skipped": skipped, "eval_loss_before": losses.get(0), "eval_loss_after": losses.get(steps),
+    }  # fmt: skip
 
 
 def held_out_loss(run: Any, rows: Rows, batch_size: int) -> tuple[float, int]:
@@ -116,34 +131,80 @@ def held_out_loss(run: Any, rows: Rows, batch_size: int) -> tuple[float, int]:
 
 
 def _accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int) -> float:
-    """Backward over every batch; the mean of their losses."""
+    """Backward over every batch; the mean of their losses. It stops at the first loss that is not finite."""
     total = 0.0
     for some in batches:
         loss = _loss(run, rows.batch(some, run.device))
         value = loss.item()
         if not math.isfinite(value):
-            raise DivergedError(
-                f"The loss of step {step} is {value}: training stopped before its update. Lower the learning rate, "
-                "warm up for longer, or clip (max_grad_norm)."
+            return value
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"The loss of step {step} depends on no parameter that is trained: unfreeze parameters, or add adapters "
+                "(lora)."
             )
         (loss / len(batches)).backward()
         total += value
     return total / len(batches)
 
 
-def _clip(run: Any, max_grad_norm: float, step: int) -> float | None:
-    if max_grad_norm == 0:
-        return None
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise DivergedError(f"The gradient norm of step {step} is {norm}: training stopped before its update.")
-    return norm
+def _clip(run: Any, config: TrainConfig) -> float | None:
+    """The gradient's norm, clipped to max_grad_norm. Not computed where it is neither clipped nor looked at."""
+    if config.max_grad_norm:
+        return torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm).item()
+    if config.nonfinite == "stop":
+        return None  # the next loss tells
+    gradients = [each.grad for each in run.model.parameters() if each.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def _not_finite(step: int, loss: float, norm: float | None) -> str:
+    """What is wrong with the step, or nothing."""
+    if not math.isfinite(loss):
+        return f"The loss of step {step} is {loss}"
+    return "" if norm is None or math.isfinite(norm) else f"The gradient norm of step {step} is {norm}"
+
+
+def _go_on_or_stop(problem: str, nonfinite: str, in_a_row: int, bar: tqdm) -> None:
+    advice = "lower the learning rate, warm up for longer, or clip (max_grad_norm)"
+    if nonfinite == "stop":
+        raise DivergedError(
+            f"{problem}: training stopped before its update. {advice.capitalize()}; `nonfinite: skip` leaves out such "
+            "updates."
+        )
+    if in_a_row == SKIPS_IN_A_ROW:
+        raise DivergedError(
+            f"{problem}, and so were the {in_a_row - 1} steps before it: the model does not recover. {advice.capitalize()}."
+        )
+    bar.write(f"{problem}: its update is skipped.", file=sys.stderr)
 
 
 def _loss(run: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    if "use_cache" in inspect.signature(run.model.forward).parameters:  # keys and values are of no use to a loss
-        return run.model(**batch, use_cache=False).loss
-    return run.model(**batch).loss
+    """The model's own loss on a batch. ConfigError where it returns none."""
+    if takes(run.model, "use_cache"):  # keys and values are of no use to a loss
+        output = run.model(**batch, use_cache=False)
+    else:
+        output = run.model(**batch)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shown = "none" if loss is None else f"one of shape {tuple(getattr(loss, 'shape', ()))}"
+        raise ConfigError(
+            f"The model {type(run.model).__name__} was given labels and returned {shown} as loss: fuyou train needs one "
+            "that computes a mean loss from `labels`, as transformers' causal language models do; train others with "
+            "fuyou.wrap and your own loop."
+        )
+    return loss
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has `argument`; PEFT's wrapper passes on what the model inside takes."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(inside.forward).parameters
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no inf and no nan."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _progress(steps: int) -> tqdm:

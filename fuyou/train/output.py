@@ -5,25 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fuyou.core.errors import ConfigError
 from fuyou.train.config import TrainConfig
+from fuyou.train.trackers import Trackers
 
+_BEGUN = ("config.yaml", "metrics.jsonl", "tensorboard", "wandb")  # what there is before the first step
 _A_RUN = ("config.yaml", "metrics.jsonl", "report.json", "model")
 
 
 class Metrics:
-    """metrics.jsonl: an object a step, and one a held-out evaluation, each in the file as soon as it is known."""
+    """metrics.jsonl: an object a step, and one a held-out evaluation, each in the file as soon as it is known, and then
+    with the trackers."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trackers: Trackers) -> None:
         self._file = path.open("x", encoding="utf-8")
+        self._trackers = trackers
         self.steps = 0
 
     def write_step(self, **values: Any) -> None:
-        """step, loss, lr, grad_norm (null without clipping), tokens (padding not counted), seconds."""
+        """step, loss, lr, grad_norm (null without clipping), tokens (padding not counted), seconds, skipped (updates
+        left out so far). A loss or norm that is not finite is null."""
         self.steps += 1
         self._write(values)
 
@@ -33,10 +40,12 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+        self._trackers.close()
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
+        self._trackers.log(values["step"], values)
 
 
 def check_output(output: Path) -> None:
@@ -55,20 +64,33 @@ def check_output(output: Path) -> None:
 
 @contextlib.contextmanager
 def opened_output(output: Path, config: TrainConfig) -> Iterator[Metrics]:
-    """The folder with its config.yaml and open metrics. A run that fails before its first step is done, such as one
-    whose first backward passes a budget, leaves neither behind."""
+    """The folder with its config.yaml, open metrics and the trackers of `report_to`. A run that fails before its first
+    step is done, such as one whose first backward passes a budget, leaves none of it behind."""
     existed = output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(output / "metrics.jsonl")
+    before = set(output.iterdir())
+    (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    metrics = Metrics(output / "metrics.jsonl", Trackers(config.report_to, output, config.model_dump(mode="json"), say))
     try:
-        (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         yield metrics
-    except BaseException:
-        if metrics.steps == 0:
-            (output / "metrics.jsonl").unlink()
-            (output / "config.yaml").unlink(missing_ok=True)
-            if not existed:
-                output.rmdir()
-        raise
     finally:
         metrics.close()
+        if metrics.steps == 0:
+            _remove_run(output, before)
+            if not existed and not any(output.iterdir()):
+                output.rmdir()
+
+
+def _remove_run(output: Path, before: set[Path]) -> None:
+    for path in [output / name for name in _BEGUN]:
+        if path in before:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    """A line for the person who watches; standard output is for what the job came to."""
+    print(text, file=sys.stderr, flush=True)
