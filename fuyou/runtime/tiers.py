@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import torch
 
@@ -16,7 +17,7 @@ from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
 from fuyou.tiers.host import Arena
 from fuyou.tiers.io import Engine, open_engine
-from fuyou.tiers.store import Store, free_limit, refuse_without_room
+from fuyou.tiers.store import Store, free_limit, memory_folders, refuse_without_room
 from fuyou.tiers.worker import Worker
 
 
@@ -48,6 +49,9 @@ class Tiers:
         self._closing = contextlib.ExitStack()  # runs in reverse, all of it, and raises what went wrong
         with contextlib.ExitStack() as undo:
             undo.callback(self._closing.close)
+            for folder, kind in memory_folders(folders).items():
+                self._note(_in_memory(folder, kind))
+                warnings.warn(_in_memory(folder, kind), stacklevel=4)  # at the call of wrap
             if folders:
                 self.engine = open_engine(config.io)
                 self._closing.callback(self.engine.close)
@@ -92,6 +96,13 @@ class Tiers:
     def _note(self, text: str) -> None:
         if text:
             self.notes.append(text)
+
+
+def _in_memory(folder: str, kind: str) -> str:
+    return (
+        f"The nvme folder {folder} is on a {kind}: it holds its bytes in RAM, beside the ram budget and not counted in it. "
+        "Give a folder on a drive, or nvme=None and more ram."
+    )
 
 
 def nvme_limit_bytes(folders: list[str], nvme_limit: int | str | None, plan: Plan) -> int:

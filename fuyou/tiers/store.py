@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -205,6 +206,25 @@ def check_folders(folders: Sequence[str]) -> list[str]:
             raise StoreError(f"The nvme folder {folder} is given twice: give each drive's folder once.")
         checked.append(path)
     return checked
+
+
+def memory_folders(folders: Sequence[str]) -> dict[str, str]:
+    """Those of `folders` whose file system keeps its bytes in RAM, with its name: tmpfs or ramfs.
+
+    Looked up by device number, which names the mount whatever links and bind mounts lie on the way.
+    """
+    kinds: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+        for line in mounts:
+            device, (kind, *_) = line.split()[2], line.partition(" - ")[2].split()
+            kinds[device] = kind
+    found = {}
+    for folder in folders:
+        number = os.stat(folder).st_dev
+        kind = kinds.get(f"{os.major(number)}:{os.minor(number)}", "")
+        if kind in ("tmpfs", "ramfs"):
+            found[folder] = kind
+    return found
 
 
 def free_limit(folders: Sequence[str]) -> int:
