@@ -57,10 +57,11 @@ def test_a_text_file_is_its_paragraphs_and_nothing_is_lost(tmp_path):
 
 
 def test_jsonl_rows_in_the_order_of_the_files(tmp_path):
-    first = write(tmp_path / "a.jsonl", {"text": "one", "id": 7}, "", {"prompt": "two ", "completion": "three"})
-    second = write(tmp_path / "b.txt", "four")
-    documents = read_documents([first, second])
-    assert [(d.prompt, d.text) for d in documents] == [("", "one"), ("two ", "three"), ("", "four")]
+    first = write(tmp_path / "a.jsonl", {"text": "one", "id": 7}, "", {"text": "two", "other": None})
+    second = write(tmp_path / "b.txt", "three")
+    third = write(tmp_path / "c.jsonl", {"prompt": "four ", "completion": "five"})
+    documents = read_documents([first, second, third])
+    assert [(d.prompt, d.text) for d in documents] == [("", "one"), ("", "two"), ("", "three"), ("four ", "five")]
     assert documents[1].source == f"{first} line 3"
 
 
@@ -83,7 +84,8 @@ def test_jsonl_rows_in_the_order_of_the_files(tmp_path):
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, reason):
-    path = write(tmp_path / "a.jsonl", {"text": "good"}, line)
+    good = {"prompt": "a", "completion": "b"} if '"prompt"' in line else {"text": "good"}
+    path = write(tmp_path / "a.jsonl", good, line)
     with pytest.raises(DataError, match=reason) as caught:
         read_documents([path])
     assert f"{path} line 2" in str(caught.value)
@@ -94,14 +96,14 @@ def test_a_bad_file_is_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "a.parquet").write_text("a")
+    (tmp_path / "a.docx").write_text("a")
     (tmp_path / "folder.txt").mkdir()
     for name, reason in {
         "latin.jsonl": "line 2 is not UTF-8",
         "empty.txt": "empty",
         "empty.jsonl": "empty",
-        "a.parquet": "none of .txt",
-        "folder.txt": "not a file",
+        "a.docx": "none of .txt",
+        "folder.txt": "holds no file",
         "missing.txt": "does not exist",
     }.items():
         with pytest.raises(DataError, match=reason) as caught:
@@ -179,7 +181,7 @@ def test_unpacked_rows_are_a_document_each():
     assert batch["labels"].tolist() == [[-100] * 5 + [*ids("answer"), END], [BEGIN, *ids("ab"), END] + [-100] * 8]
     assert batch["attention_mask"].tolist() == [[1] * 12, [1] * 4 + [0] * 8]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert len(rows) == 2 and len(rows.notes) == 2  # one document cut off, and its row without a label dropped
+    assert len(rows) == 2 and rows.statistics.dropped_documents == 1  # cut off before anything to learn
 
 
 def test_data_without_anything_to_predict_is_refused():
