@@ -21,6 +21,8 @@ class Block(nn.Module):
         self.experts = (
             nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)) if kind == "expert without a token" else None
         )
+        if kind == "puts another tensor in a buffer's place":
+            self.register_buffer("mean", torch.zeros(()))
         self.calls = 0
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,6 +40,12 @@ class Block(nn.Module):
             return x + self.inner(x) + self.experts[int(x.detach().sum().item() * 1000) % 3](x)
         if self.kind == "changes what it made in place":
             return x + self.inner(x).mul_(2)
+        if self.kind == "puts another tensor in a buffer's place":
+            self.mean = self.mean * 0.9 + x.detach().mean() * 0.1
+            if "calls_so_far" not in self._buffers:
+                self.register_buffer("calls_so_far", torch.zeros(()))
+            self.calls_so_far = self.calls_so_far + 1
+            return x + self.inner(x) * self.mean * self.calls_so_far
         if self.kind == "counts its calls":
             return x + self.inner(x) * self.calls
         return x + self.inner(x)
@@ -150,6 +158,7 @@ def train(model: Model, optimizer: torch.optim.Optimizer, kind: str) -> list[flo
 KINDS = [
     "plain", "checkpoint inside", "reentrant checkpoint inside", "checkpoint outside", "reentrant checkpoint outside",
     "batch norm", "expert without a token", "changes what it made in place", "counts its calls", "layer drop",
+    "puts another tensor in a buffer's place",
     "block called twice", "tied by hand", "weights read by others", "autocast", "penalty on weights", "retain_graph",
     "autograd.grad", "double backward", "gradients changed", "gradients divided", "gradient set", "clip_grad_value_",
     "gradients read", "learning rate changed", "weights written", "eval between", "zeros, not None",

@@ -82,7 +82,8 @@ def tensors_in(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tens
 class ModuleState:
     """Attributes and buffers of a module tree before a forward: attributes by identity, containers by their items.
 
-    Only buffers that were seen to change are copied before each call; the first call of a block in training, and the
+    A forward may write into a buffer, or put another tensor in its place (buffers are known by identity too). Only
+    buffers that were seen to be written are copied before each call; the first call of a block in training, and the
     first in eval, copy all of them to find out (`mutable`, by name and mode, is the block's memory of it).
     """
 
@@ -92,6 +93,7 @@ class ModuleState:
             (child, {name: snapshot(item, objects=False) for name, item in _own(child).items()})
             for child in module.modules()
         ]
+        self._registered = [(child, dict(child._buffers)) for child in module.modules()]
         self._buffers = []
         for key, buffer in _buffers_of(module):
             before = buffer.detach().clone() if mutable.get(key, True) else None
@@ -114,16 +116,20 @@ class ModuleState:
             if changed:
                 kept.append((name, buffer, version, before))
         self._buffers = kept
+        self._registered = [(child, before) for child, before in self._registered if not _identical(child, before)]
         self._attributes = [(child, before) for child, before in self._attributes if _changed(child, before)]
 
     @contextlib.contextmanager
     def before_forward(self) -> Iterator[None]:
         """As it was before the call, for the length of the `with`; then as it is now again."""
         attributes = [(child, _own(child)) for child, _ in self._attributes]
+        registered = [(child, dict(child._buffers)) for child, _ in self._registered]
         buffers = [(buffer, buffer.detach().clone()) for _, buffer, _, _ in self._buffers]
         try:
             for child, before in self._attributes:
                 _replace(child, snapshot(before, objects=False))
+            for child, tensors in self._registered:
+                _register(child, tensors)
             with torch.no_grad():
                 for _, buffer, _, value in self._buffers:
                     buffer.detach().copy_(value)  # type: ignore[arg-type]
@@ -131,6 +137,8 @@ class ModuleState:
         finally:
             for child, now in attributes:
                 _replace(child, now)
+            for child, tensors in registered:
+                _register(child, tensors)
             with torch.no_grad():
                 for buffer, now_value in buffers:
                     buffer.detach().copy_(now_value)
@@ -155,6 +163,17 @@ def _replace(module: nn.Module, attributes: dict[str, Any]) -> None:
         if name not in attributes:
             del module.__dict__[name]
     module.__dict__.update(attributes)
+
+
+def _identical(module: nn.Module, buffers: dict[str, torch.Tensor | None]) -> bool:
+    """Whether the module's buffers are these very tensors."""
+    now = module._buffers
+    return now.keys() == buffers.keys() and all(now[name] is tensor for name, tensor in buffers.items())
+
+
+def _register(module: nn.Module, buffers: dict[str, torch.Tensor | None]) -> None:
+    module._buffers.clear()
+    module._buffers.update(buffers)
 
 
 def _changed(module: nn.Module, before: dict[str, Any]) -> bool:
