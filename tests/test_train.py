@@ -156,6 +156,7 @@ SETTINGS = {
     "batch_size": 2,
     "accumulation": 2,
     "sequence_length": 48,
+    "packing": "stream",
     "learning_rate": 3e-3,
     "weight_decay": 0.1,
     "betas": [0.9, 0.95],

@@ -20,8 +20,9 @@ from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows
 from fuyou.train.documents import read_documents, split
 from fuyou.train.loop import step_count, train
-from fuyou.train.model import load_model, load_tokenizer
+from fuyou.train.model import import_transformers, load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output, say
+from fuyou.train.packing import allows_packing
 from fuyou.train.preview import preview
 
 
@@ -76,10 +77,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
     documents = read_documents(config.data)
     tokenizer = load_tokenizer(config.model, config.sequence_length)
     learnt, kept_back = split(documents, config.eval_share, config.seed)
-    training = make_rows(learnt, tokenizer, config.sequence_length, bool(config.packing), "training")
+    isolation = allows_packing(import_transformers().AutoConfig.from_pretrained(config.model))
+    training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training", isolation)
     held_out = None
     if kept_back:
-        held_out = make_rows(kept_back, tokenizer, config.sequence_length, bool(config.packing), "held-out")
+        held_out = make_rows(kept_back, tokenizer, config.sequence_length, config.packing, "held-out", isolation)
     steps = step_count(config, len(training))
     if config.warmup_steps > steps:
         raise ConfigError(
