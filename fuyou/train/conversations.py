@@ -3,8 +3,8 @@
 Which characters of the rendered text are the assistant's:
 - A template with {% generation %} marks them itself.
 - Otherwise turn i is what the template appends to the prompt that the model would be asked with: the conversation
-  before it with add_generation_prompt=True, against the conversation up to and with it. White space that the template
-  writes after the end-of-turn token is not learnt: nobody asks the model for it.
+  before it with add_generation_prompt=True, against the conversation up to and with it. What the template writes after
+  the end-of-turn token (a line break, Phi's <|endoftext|>) is not learnt: nobody asks the model for it.
 - A template that writes earlier turns differently once the conversation goes on (it drops their thinking, say) gives
   such a turn a text of its own, which ends with the turn, as the model would see and write it.
 A token that holds a character of a turn is learnt, so that a turn whose first word shares a token with the header's last
@@ -25,6 +25,7 @@ from fuyou.train.examples import Conversation
 
 Encoded = tuple["array[int]", bytes]  # tokens, and for each 1 where it is a label
 Span = tuple[int, int]  # characters of a rendered text: first, and one after the last
+Tail = tuple[str, str]
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CURE = "Use the tokenizer of a chat model, or data with `prompt` and `completion`, or with `text`."
@@ -61,7 +62,8 @@ class ChatTemplate:
                 "that the assistant's tokens cannot be told from the others: take one with a tokenizer.json."
             )
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        self._special = {token for token, content in added.items() if str(content).strip()}
+        self._special = tuple(str(token) for token in added.values() if str(token).strip())
+        self._tails: dict[bool, Tail] = {}  # with tools, and without
 
     def encode(self, conversations: Sequence[Conversation]) -> Iterator[list[Encoded]]:
         """For each conversation its texts, one but for a template that rewrites; none where nothing is to be learnt."""
@@ -102,13 +104,14 @@ class ChatTemplate:
             turn = self._write(conversation, messages[: index + 1])
             start = self._start(conversation, messages[: index + 1], turn)
             turn = self._ended(conversation, messages[: index + 1], turn, start)
-            span = (start, len(turn))
+            written, learnt = self._tail(conversation, messages[: index + 1])
+            end = len(turn) - len(written) + len(learnt) if turn[start:].endswith(written) else len(turn)
             for longer in texts:
-                if longer.text.startswith(turn):
-                    longer.spans.insert(0, span)
+                if longer.text.startswith(turn[:end]):
+                    longer.spans.insert(0, (start, end))
                     break
             else:
-                texts.append(Rendered(turn, [span]))
+                texts.append(Rendered(turn, [(start, end)]))
         self.rewritten += len(texts) > 1
         self.extra_texts += len(texts) - 1
         return texts[::-1]
@@ -141,6 +144,26 @@ class ChatTemplate:
             return text
         asked = self._write(conversation, messages, add_generation_prompt=True)
         return text + end if asked.startswith(text + end) else text
+
+    def _tail(self, conversation: Conversation, messages: list[dict[str, Any]]) -> Tail:
+        """(what the template writes after the last answer's content, the part of it that is learnt): up to its first
+        end-of-turn token, "<|end|>" of "<|end|>\n<|endoftext|>"; all of it where that is not seen."""
+        tools = conversation.tools is not None
+        if tools not in self._tails:
+            *before, last = messages
+            answered = [*before, {"role": last["role"], "content": "No."}]
+            text = self._write(conversation, answered)
+            place = text.rfind("No.")
+            if place < 0:
+                raise DataError(
+                    f"{conversation.source}: the chat template does not write the content of the assistant's messages, as "
+                    "those of multimodal models, which want it in parts. Set a chat template for text on the tokenizer."
+                )
+            written = self._ended(conversation, answered, text, place)[place + len("No.") :]
+            found = re.match(r"\s*\S+", written)
+            learnt = found[0] if found and found[0].endswith(self._special) else written
+            self._tails[tools] = written, learnt
+        return self._tails[tools]
 
     def _opening(self, conversation: Conversation, messages: list[dict[str, Any]], text: str) -> int:
         """How much of `text` comes before the content of its last message: what stays when the content is another."""
@@ -190,16 +213,8 @@ class ChatTemplate:
             first = place
             while place < len(tokens) and offsets[place][0] < end:
                 place += 1
-            last = place if self.marks else self._after_the_end(rendered.text, tokens, offsets, (first, place), end)
-            labelled[first:last] = b"\x01" * (last - first)
+            labelled[first:place] = b"\x01" * (place - first)
         return array("i", tokens), bytes(labelled)
-
-    def _after_the_end(self, text: str, tokens: list[int], offsets: list[Span], turn: Span, end: int) -> int:
-        """One after the turn's last token, without the white space that follows its end-of-turn token."""
-        for index in range(turn[1] - 1, turn[0] - 1, -1):
-            if tokens[index] in self._special:
-                return turn[1] if text[offsets[index][1] : end].strip() else index + 1
-        return turn[1]
 
     def notes(self, what: str) -> Iterator[str]:
         """A sentence for each thing that was done to some of the conversations."""
