@@ -26,9 +26,7 @@ _LEAST_ROWS = 32  # a matrix product of fewer rows takes another path in BLAS, w
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """Name → PEFT config of the model's adapters, wrapped by PEFT or added by transformers; empty where it has none."""
-    if hasattr(model, "peft_config"):
-        return dict(model.peft_config)
-    return {}
+    return dict(getattr(model, "peft_config", None) or {})
 
 
 def adapter_tensors(model: nn.Module, adapter: str, state: Named) -> Named:
@@ -77,7 +75,8 @@ def _save_config(config: Any, model: nn.Module, folder: str) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrapper, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else model
 
 
 # --- merging ------------------------------------------------------------------------------------------------------

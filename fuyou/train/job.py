@@ -14,13 +14,14 @@ import torch
 
 from fuyou.api import wrap
 from fuyou.core.errors import ConfigError
+from fuyou.report import Report
 from fuyou.tiers.store import check_folders
 from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows
 from fuyou.train.documents import read_documents, split
-from fuyou.train.loop import step_count, train
-from fuyou.train.model import import_transformers, load_model, load_tokenizer
+from fuyou.train.loop import epoch_count, step_count, train
+from fuyou.train.model import load_configuration, load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output, say
 from fuyou.train.packing import allows_packing
 from fuyou.train.preview import preview
@@ -31,6 +32,11 @@ class Inputs:
     tokenizer: Any
     training: Rows
     held_out: Rows | None
+
+    def statistics(self) -> dict[str, Any]:
+        """What the data came to, by set."""
+        sets = {"training": self.training, "held_out": self.held_out}
+        return {name: rows.statistics.to_dict() for name, rows in sets.items() if rows is not None}
 
 
 def run_job(config: TrainConfig, dry_run: bool = False) -> None:
@@ -43,7 +49,9 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
     check_folders(config.nvme_folders())
     inputs = read_inputs(config)
     seed_everything(config.seed)
-    model = load_model(config.model, config.precision)
+    model, notes = load_model(config.model, config.precision, config.sequence_length)
+    for note in notes:
+        say(note)
     if config.lora is not None:
         model = add_adapters(model, config.lora, config.seed)
     optimizer = make_optimizer(model, config)
@@ -66,7 +74,7 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
             result = train(run, config, inputs.training, inputs.held_out, metrics)
         run.save_pretrained(output / "model", merge_adapters=config.lora is not None and config.lora.merge)
         inputs.tokenizer.save_pretrained(output / "model")
-        report = run.report()
+        report = Report({**run.report().dict(), "data": inputs.statistics()})
         report.save(output / "report.json")
         print(report.table())
     print(summary(output, result))
@@ -75,9 +83,10 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
 def read_inputs(config: TrainConfig) -> Inputs:
     """Tokenizer and rows; ConfigError or DataError for what cannot be trained on. Says what the data came to."""
     documents = read_documents(config.data)
-    tokenizer = load_tokenizer(config.model, config.sequence_length)
+    configuration = load_configuration(config.model)
+    tokenizer = load_tokenizer(config.model, config.sequence_length, configuration)
     learnt, kept_back = split(documents, config.eval_share, config.seed)
-    isolation = allows_packing(import_transformers().AutoConfig.from_pretrained(config.model))
+    isolation = allows_packing(configuration)
     training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training", isolation)
     held_out = None
     if kept_back:
@@ -87,13 +96,10 @@ def read_inputs(config: TrainConfig) -> Inputs:
         raise ConfigError(
             f"warmup_steps={config.warmup_steps} is more than the {steps} steps of this data: warm up for fewer."
         )
-    say(
-        f"{len(documents):,} documents: {len(learnt):,} to train on in {len(training):,} rows of "
-        f"{config.sequence_length} tokens, {len(kept_back):,} held out; {steps:,} steps."
-    )
     for rows in (training, held_out):
-        for note in rows.notes if rows is not None else ():
-            say(note)
+        for line in (*rows.statistics.lines(), *rows.notes) if rows is not None else ():
+            say(line)
+    say(f"{steps:,} steps: {epoch_count(config, len(training)):.4g} epochs of the training rows.")
     return Inputs(tokenizer, training, held_out)
 
 
@@ -122,6 +128,8 @@ def seed_everything(seed: int) -> None:
 def summary(output: Path, result: dict[str, Any]) -> str:
     """What a person wants to see last: the losses, and where everything is."""
     rows: list[Sequence[str]] = []
+    if result["skipped"]:
+        rows.append(("skipped", f"{result['skipped']} of {result['steps']} updates: loss or gradient was not finite"))
     if result["eval_loss_after"] is not None:
         before, after = result["eval_loss_before"], result["eval_loss_after"]
         rows.append(("held-out loss", f"{before:.4f} before, {after:.4f} after {result['steps']} steps"))

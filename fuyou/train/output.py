@@ -8,8 +8,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fuyou.core.errors import ConfigError
 from fuyou.train.config import TrainConfig
@@ -55,11 +58,27 @@ def check_output(output: Path) -> None:
     held = [name for name in _A_RUN if (output / name).exists()]
     if held:
         raise ConfigError(
-            f"The output folder {output} already holds a run ({', '.join(held)}): name another, or move it away."
+            f"The output folder {output} already holds a run{_which(output)} ({', '.join(held)}): name another, or move "
+            "it away."
         )
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"The output folder {output} cannot be made: {above} is not a folder this user can write to.")
+
+
+def _which(output: Path) -> str:
+    """Of what, how far it came and when, as far as its files tell."""
+    told = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = yaml.safe_load((output / "config.yaml").read_text("utf-8"))
+        if isinstance(values, dict) and "model" in values:
+            told += f" of model {values['model']}"
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, IndexError):
+        path = output / "metrics.jsonl"
+        step = json.loads(path.read_text("utf-8").splitlines()[-1]).get("step")
+        when = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        told += f" that came to step {step} at {when}"
+    return told
 
 
 @contextlib.contextmanager
