@@ -88,7 +88,7 @@ def _watch(child: subprocess.Popen, watched: set, in_foreground: bool) -> End:
                 if in_foreground or asked_to_stop:  # the shell waits for this process: it must see the stop here
                     asked_to_stop = False
                     os.kill(os.getpid(), signal.SIGSTOP)
-                    child.send_signal(signal.SIGCONT)  # somebody has continued this process
+                    os.kill(child.pid, signal.SIGCONT)  # somebody has continued this process
                 continue
             child.returncode = os.waitstatus_to_exitcode(status)
             return End(child.returncode, usage.ru_maxrss * 1024)

@@ -1,0 +1,637 @@
+"""`fuyou launch`: real child processes, real signals, real deaths. What the script saw, it says itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import fuyou
+from fuyou.core.errors import ConfigError
+from fuyou.train.cores import choose_cores, cores_of_pci_device, format_cores, parse_cores, physical_cores
+from fuyou.train.limits import cpu_quota, killed_for_memory, read_memory
+
+GIB = 2**30
+OWN = [name for name in os.environ if name.startswith(("FUYOU_", "OMP_", "MKL_"))]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OWN}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # scripts run in another folder
+
+SHOWS = """
+    import json, os, sys
+    shown = {name: value for name, value in os.environ.items() if name.startswith(("FUYOU_", "OMP_", "MKL_"))}
+    print(json.dumps({"argv": sys.argv, "environment": shown, "cores": sorted(os.sched_getaffinity(0))}))
+"""
+# Counts the signals that reach it, says when it is ready, and ends 0.3 s after the first: time enough for a second.
+COUNTS = """
+    import json, os, signal, sys, time
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    seen = []
+    for name in names:
+        number = getattr(signal, name)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
+    print("ready", os.getpid(), flush=True)
+    until = time.monotonic() + 30
+    while not seen and time.monotonic() < until:
+        time.sleep(0.01)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    with open(sys.argv[1], "w") as file:
+        json.dump(seen, file)
+    sys.exit(7)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text: str, name: str = "script.py") -> str:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return str(path)
+
+    return write
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fuyou", "launch", *arguments]
+
+
+def launched(
+    *arguments: str, env: dict[str, str] | None = None, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*before, *command(*arguments)], capture_output=True, text=True, timeout=60, env={**ENVIRONMENT, **(env or {})}
+    )
+
+
+def paragraph(done: subprocess.CompletedProcess, begin: str = "fuyou launch: ") -> str:
+    """The last line of standard error, which is the launcher's."""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(begin), done.stderr
+    return last
+
+
+# --- what the script is given --------------------------------------------------------------------------------------
+
+
+def test_options_become_the_environment_and_arguments_stay_the_scripts(script, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    os.symlink(tmp_path / "one", tmp_path / "link")
+    path = script(SHOWS)
+    done = launched(
+        "--nvme", str(tmp_path / "link"), "--nvme", str(tmp_path / "two"), "--nvme-limit", "3GiB", "--ram", "4GiB",
+        "--gpu", "1.5GB", "--device", "cpu", path, "--help", "-m", "--", "--ram", "7", "--debug",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["argv"] == [path, "--help", "-m", "--", "--ram", "7", "--debug"]
+    given = {name: value for name, value in shown["environment"].items() if name.startswith("FUYOU_")}
+    assert given == {
+        "FUYOU_NVME": f"{tmp_path}/one:{tmp_path}/two", "FUYOU_NVME_LIMIT": "3GiB", "FUYOU_RAM": "4GiB",
+        "FUYOU_GPU": "1.5GB", "FUYOU_DEVICE": "cpu",
+    }  # fmt: skip
+    line = paragraph(done)
+    assert all(value in line for value in ("ram=4GiB", "gpu=1.5GB", "device=cpu", f"nvme={tmp_path}/one"))
+    assert launched("--quiet", path).stderr == ""
+
+
+def test_a_module_is_run_as_python_does(script, tmp_path):
+    (tmp_path / "pack").mkdir()
+    Path(script(SHOWS)).rename(tmp_path / "pack" / "tool.py")
+    done = launched("-m", "pack.tool", "-m", "x", env={"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"})
+    assert json.loads(done.stdout)["argv"][1:] == ["-m", "x"]
+
+
+def test_options_win_over_the_environment_which_is_passed_on(script):
+    path = script(SHOWS)
+    given = {"FUYOU_RAM": "1GiB", "FUYOU_GPU": "2GiB"}
+    shown = json.loads(launched("--ram", "3GiB", path, env=given).stdout)["environment"]
+    assert (shown["FUYOU_RAM"], shown["FUYOU_GPU"]) == ("3GiB", "2GiB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "reason"),
+    [
+        ([], {}, "Missing argument 'SCRIPT"),
+        (["nowhere.py"], {}, "nowhere.py does not exist"),
+        (["."], {}, "The script . is not a file"),
+        (["--raam", "1GiB", "SCRIPT"], {}, "No such option: --raam"),
+        (["--ram", "lots", "SCRIPT"], {}, "--ram='lots' is not a size"),
+        (["--nvme-limit", "0", "SCRIPT"], {}, "--nvme-limit='0' must be more than 0"),
+        (["--nvme", "nowhere", "SCRIPT"], {}, "nowhere does not exist"),
+        (["--nvme", ".", "--nvme", ".", "SCRIPT"], {}, "given twice"),
+        (["--nvme", "a:b", "SCRIPT"], {}, "FUYOU_NVME separates folders with ':'"),
+        (["--device", "tpu", "SCRIPT"], {}, "--device='tpu' is no device"),
+        (["--threads", "0", "SCRIPT"], {}, "--threads=0 must be at least 1"),
+        (["--cores", "0-", "SCRIPT"], {}, "is not a list of cores"),
+        (["--cores", "0-99999999999", "SCRIPT"], {}, "names core 99999999999, which this process may not use"),
+        (["SCRIPT"], {"FUYOU_GPU": "much"}, "FUYOU_GPU='much' is not a size"),
+        (["SCRIPT"], {"FUYOU_NVME": "/nowhere"}, "FUYOU_NVME='/nowhere' in the environment names '/nowhere'"),
+        (["SCRIPT"], {"FUYOU_DEVICE": "gpu"}, "FUYOU_DEVICE='gpu' is no device"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_script_starts(
+    script, tmp_path, monkeypatch, capsys, arguments, env, reason
+):
+    from fuyou.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    path = script("open('started', 'w')")
+    assert main(["launch", *(path if each == "SCRIPT" else each for each in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert reason in said and said.startswith("fuyou: ") and len(said.splitlines()) == 1
+    assert not (tmp_path / "started").exists()
+
+
+def test_the_launcher_holds_little_memory(script):
+    """It waits beside the training for its whole life, and torch alone would be 200 MB."""
+    path = script("""
+        import os
+        print(open(f"/proc/{os.getppid()}/status").read())
+    """)
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", launched(path).stdout)[1])
+    assert peak < 80 * 1024, f"{peak} kB"
+
+
+# --- the environment, in wrap --------------------------------------------------------------------------------------
+
+
+def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(64, 64)
+    return model, torch.optim.AdamW(model.parameters(), fused=True)
+
+
+def tiers_of(**arguments: object) -> dict:
+    with fuyou.wrap(*small(), **arguments) as run:
+        return run.report().dict()["tiers"]
+
+
+def test_wrap_takes_what_is_left_out_from_the_environment(nvme, monkeypatch):
+    monkeypatch.setenv("FUYOU_NVME", str(nvme))
+    monkeypatch.setenv("FUYOU_NVME_LIMIT", "40MiB")
+    monkeypatch.setenv("FUYOU_RAM", "48MiB")
+    monkeypatch.setenv("FUYOU_GPU", "700MiB")
+    monkeypatch.setenv("FUYOU_DEVICE", "cpu")
+    tiers = tiers_of()
+    budgets = [tiers[name]["budget_bytes"] for name in ("nvme", "host", "device")]
+    assert budgets == [40 * 2**20, 48 * 2**20, 700 * 2**20]
+    tiers = tiers_of(nvme=[nvme], nvme_limit=30 * 2**20, ram="50MiB", gpu="1GiB", device="cpu")
+    budgets = [tiers[name]["budget_bytes"] for name in ("nvme", "host", "device")]
+    assert budgets == [30 * 2**20, 50 * 2**20, GIB]
+    assert tiers_of(nvme=None)["nvme"]["budget_bytes"] == 0  # None given is None
+    monkeypatch.delenv("FUYOU_NVME")
+    assert tiers_of()["nvme"]["budget_bytes"] == 0
+    monkeypatch.setenv("FUYOU_NVME", "")  # empty is not set
+    assert tiers_of()["nvme"]["budget_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FUYOU_RAM", "48 gigs"), ("FUYOU_GPU", "-1"), ("FUYOU_NVME_LIMIT", "0"), ("FUYOU_DEVICE", "gpu"),
+        ("FUYOU_DEVICE", "cuda:63"), ("FUYOU_NVME", "/nowhere/at/all"), ("FUYOU_NVME", "/tmp:"),
+    ],
+)  # fmt: skip
+def test_a_variable_that_means_nothing_is_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    model, optimizer = small()
+    before = model.weight.detach().clone()
+    with pytest.raises(ConfigError, match=f"{variable}.*"):
+        fuyou.wrap(model, optimizer)
+    assert torch.equal(model.weight, before) and not hasattr(optimizer, "run")
+
+
+def test_a_folder_in_memory_is_warned_of(nvme, tmp_path):
+    folder = Path("/dev/shm") / f"fuyou-test-{os.getpid()}"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    try:
+        for name in (folder, tmp_path / "link"):
+            with pytest.warns(UserWarning, match="on a tmpfs: it holds its bytes in RAM") as caught:
+                with fuyou.wrap(*small(), nvme=name, ram="48MiB", gpu="1GiB", device="cpu") as run:
+                    assert any("tmpfs" in note for note in run.report().dict()["notes"])
+            assert [each.filename for each in caught] == [__file__]  # once, at the call of wrap
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with fuyou.wrap(*small(), nvme=nvme, ram="48MiB", gpu="1GiB", device="cpu") as run:
+                assert not any("tmpfs" in note for note in run.report().dict()["notes"])
+    finally:
+        folder.rmdir()
+
+
+# --- its end -------------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_status_and_traceback_are_its_own(script):
+    assert launched("--quiet", script("import sys; sys.exit(41)")).returncode == 41
+    path = script("def deep():\n    raise LookupError('of mine')\ndeep()\n")
+    plain = subprocess.run([sys.executable, path], capture_output=True, text=True, env=ENVIRONMENT)
+    done = launched("--quiet", path)
+    assert (done.returncode, done.stderr, done.stdout) == (1, plain.stderr, "") and "LookupError" in plain.stderr
+
+
+def test_standard_input_is_the_scripts(script):
+    done = subprocess.run(
+        command("--quiet", script("print(input()[::-1])")),
+        input="abc\n",
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.stdout == "cba\n"
+
+
+BUS = """
+    import mmap, os, sys
+    with open(sys.argv[1], "w+b") as file:
+        file.truncate(8192)
+        view = mmap.mmap(file.fileno(), 8192)
+        file.truncate(0)
+        view[4096]  # a page that the file has no longer: what a full /dev/shm does too
+"""
+
+
+def test_deaths_are_explained(script, tmp_path):
+    kill = script("import os, signal, sys; os.kill(os.getpid(), int(sys.argv[1]))")
+    done = launched("--ram", "3GiB", kill, "9")
+    assert done.returncode == 128 + 9
+    said = paragraph(done)
+    total = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / 2**20
+    assert "SIGKILL" in said and "Most likely it was out of memory" in said and "kill -9" in said
+    assert "ram=3GiB, gpu left to fuyou.wrap" in said and f"the machine has {total:.2f} GiB" in said
+
+    done = launched(script(BUS, "bus.py"), str(tmp_path / "cut"))
+    assert done.returncode == 128 + 7
+    status = os.statvfs("/dev/shm")
+    assert f"/dev/shm has {status.f_blocks * status.f_frsize / GIB:.2f} GiB" in paragraph(done)
+    assert "--shm-size" in paragraph(done) and "num_workers" in paragraph(done)
+
+    for number, words in ((signal.SIGSEGV, "PYTHONFAULTHANDLER"), (signal.SIGILL, "this CPU does not have")):
+        done = launched(kill, str(int(number)))
+        assert done.returncode == 128 + number and words in paragraph(done)
+    done = launched(kill, "15")
+    assert paragraph(done) == "fuyou launch: The script was killed by SIGTERM (signal 15; exit status 143)."
+    assert "fuyou launch: The script" not in launched(kill, "2").stderr  # Ctrl-C explains itself
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(*arguments: str, **options: object) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A launcher, and the process of its script once that is ready. Both are gone afterwards."""
+    launcher = subprocess.Popen(
+        command("--quiet", *arguments),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        **options,
+    )
+    pid = 0
+    try:
+        pid = int(launcher.stdout.readline().split()[1])
+        yield launcher, pid
+    finally:
+        for each in (launcher.pid, pid):
+            with contextlib.suppress(ProcessLookupError):
+                if each and (each == launcher.pid or alive(each)):
+                    os.kill(each, signal.SIGKILL)
+        launcher.wait()
+        launcher.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_reaches_the_script_once(script, tmp_path, name):
+    """Sent to the launcher alone; the script's own end, and status, come after its clean-up."""
+    with running(script(COUNTS), str(tmp_path / "seen")) as (launcher, pid):
+        os.kill(launcher.pid, getattr(signal, name))
+        assert launcher.wait(30) == 7
+        assert json.loads((tmp_path / "seen").read_text()) == [name] and not alive(pid)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group_reaches_the_script_once(script, tmp_path, name):
+    with running(script(COUNTS), str(tmp_path / "seen")) as (launcher, _):
+        os.killpg(launcher.pid, getattr(signal, name))
+        assert launcher.wait(30) == 7
+        assert json.loads((tmp_path / "seen").read_text()) == [name]
+
+
+def test_a_script_does_not_outlive_its_launcher(script, tmp_path):
+    """Killed as hard as can be, the launcher cannot pass anything on: the kernel sends SIGTERM for it."""
+    with running(script(COUNTS), str(tmp_path / "seen")) as (launcher, pid):
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        deadline = time.monotonic() + 30
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads((tmp_path / "seen").read_text()) == ["SIGTERM"]
+
+
+def test_a_signal_that_was_ignored_stays_ignored(script, tmp_path):
+    """nohup fuyou launch …"""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with running(script(COUNTS), str(tmp_path / "seen"), preexec_fn=ignore) as (launcher, pid):
+        for each in (launcher.pid, pid):
+            os.kill(each, signal.SIGHUP)
+        time.sleep(0.2)
+        os.kill(launcher.pid, signal.SIGUSR1)
+        assert launcher.wait(30) == 7
+        assert json.loads((tmp_path / "seen").read_text()) == ["SIGUSR1"]
+
+
+# A shell with job control, on a terminal of its own: it starts the launcher in a group of its own in the foreground,
+# says when that is stopped and how it ends, and continues it.
+SHELL = """
+    import os, signal, sys
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    job = os.fork()
+    if job == 0:
+        os.setpgid(0, 0)
+        os.tcsetpgrp(0, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.argv[1], sys.argv[1:])
+    while True:
+        _, status = os.waitpid(job, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            break
+        os.tcsetpgrp(0, os.getpgrp())
+        print("stopped", flush=True)
+        os.tcsetpgrp(0, job)
+        os.killpg(job, signal.SIGCONT)
+        print("continued", flush=True)
+    os.tcsetpgrp(0, os.getpgrp())
+    print("status", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Terminal:
+    """A pseudo-terminal with SHELL and its job: what is typed goes to the foreground's group, as from a keyboard."""
+
+    def __init__(self, shell: str, *job: str) -> None:
+        self.pid, self.keys = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, shell, *job], ENVIRONMENT)
+        self.said = ""
+
+    def read_until(self, pattern: str) -> str:
+        """What the first group matched."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.said)):
+            assert time.monotonic() < deadline, self.said
+            with contextlib.suppress(OSError):
+                self.said += os.read(self.keys, 4096).decode(errors="replace")
+        return found[1]
+
+    def close(self) -> None:
+        os.close(self.keys)
+        os.waitpid(self.pid, 0)
+
+
+def test_keys_at_a_terminal(script, tmp_path):
+    """Ctrl-Z stops launcher and script, so that the shell sees it; Ctrl-C after going on arrives once."""
+    terminal = Terminal(script(SHELL, "shell.py"), *command("--quiet", script(COUNTS), str(tmp_path / "seen")))
+    try:
+        pid = int(terminal.read_until(r"ready (\d+)\s"))
+        os.write(terminal.keys, b"\x1a")
+        terminal.read_until("(stopped)\\s+(continued)")
+        assert alive(pid) and not (tmp_path / "seen").exists()
+        os.write(terminal.keys, b"\x03")
+        assert terminal.read_until(r"status (-?\d+)\s") == "7"
+        assert json.loads((tmp_path / "seen").read_text()) == ["SIGINT"] and not alive(pid)
+    finally:
+        terminal.close()
+
+
+# --- threads and cores ---------------------------------------------------------------------------------------------
+
+
+def test_threads_and_cores_are_chosen_said_and_left_alone_where_set(script):
+    path = script(SHOWS)
+    done = launched(path)
+    shown = json.loads(done.stdout)
+    threads = shown["environment"]["OMP_NUM_THREADS"]
+    assert 1 <= int(threads) <= len(os.sched_getaffinity(0))
+    assert shown["environment"] == {
+        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE",
+    }  # fmt: skip
+    assert f"{threads} compute thread" in paragraph(done)
+
+    own = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
+    done = launched(path, env=own)
+    assert json.loads(done.stdout)["environment"] == own
+    assert "OMP_NUM_THREADS=3 as you set it" in paragraph(done)
+
+    core = max(os.sched_getaffinity(0))
+    shown = json.loads(launched("--threads", "5", "--cores", str(core), path, env=own).stdout)
+    assert shown["environment"]["OMP_NUM_THREADS"] == shown["environment"]["MKL_NUM_THREADS"] == "5"
+    assert shown["cores"] == [core]
+
+
+def test_lists_of_cores():
+    allowed = frozenset(range(12))
+    assert parse_cores("0-3, 8,5-5", allowed) == {0, 1, 2, 3, 5, 8}
+    for text in ("", "a", "3-1", "-1", "1-", "0,,1", "0-3-5"):
+        with pytest.raises(ConfigError, match="is not a list of cores"):
+            parse_cores(text, allowed)
+    with pytest.raises(ConfigError, match=r"names core 12, .* its cores are 0-11"):
+        parse_cores("3,9-12", allowed)
+    for cores in ({0}, {0, 1, 2}, {0, 2, 3, 9}, set(range(64)) - {7}):
+        assert parse_cores(format_cores(frozenset(cores)), frozenset(range(64))) == cores
+    assert format_cores(frozenset({0, 1, 2, 5, 7, 8})) == "0-2,5,7-8"
+
+
+def made(root: Path, files: dict[str, str]) -> Path:
+    """A folder with files as the kernel writes them."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def two_nodes(root: Path) -> Path:
+    """A machine of two NUMA nodes, 4 physical cores each with 2 threads, and a GPU at the second node."""
+    files = {
+        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 8},{n % 8 + 8}\n" for n in range(16)
+    }
+    for node in range(2):
+        files[f"sys/devices/system/node/node{node}/cpulist"] = "\n"
+    files["sys/bus/pci/devices/0000:3b:00.0/numa_node"] = "1\n"
+    files["sys/bus/pci/devices/0000:3b:00.0/local_cpulist"] = "4-7,12-15\n"
+    files["sys/bus/pci/devices/0000:01:00.0/numa_node"] = "-1\n"
+    files["sys/bus/pci/devices/0000:01:00.0/local_cpulist"] = "0-15\n"
+    return made(root, files)
+
+
+def test_the_gpus_node_and_physical_cores(tmp_path):
+    root = two_nodes(tmp_path)
+    near = frozenset({4, 5, 6, 7, 12, 13, 14, 15})
+    assert cores_of_pci_device("0000:3b:00.0", root) == near
+    assert cores_of_pci_device("00000000:3B:00.0\n", root) == near  # as some drivers write it
+    assert cores_of_pci_device("0000:01:00.0", root) is None  # it does not say
+    assert cores_of_pci_device("0000:99:00.0", root) is None
+    assert physical_cores(near, root) == 4 and physical_cores(frozenset({0, 1, 9}), root) == 2
+    (root / "sys/devices/system/node/node1/cpulist").unlink()
+    (root / "sys/devices/system/node/node1").rmdir()
+    assert cores_of_pci_device("0000:3b:00.0", root) is None  # one node
+
+
+def test_a_launch_binds_to_the_gpus_node(tmp_path, monkeypatch):
+    root = two_nodes(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("fuyou.train.cores._cores_near_gpu", lambda *_: cores_of_pci_device("0000:3b:00.0", root))
+    chosen = choose_cores(None, None, True, "cuda", {}, root)
+    assert chosen.bound == {4, 5, 6, 7, 12, 13, 14, 15} and chosen.threads == 4
+    assert "bound to cores 4-7,12-15" in chosen.words and "NUMA" in chosen.words
+    chosen = choose_cores(None, None, False, "cuda", {}, root)
+    assert chosen.bound is None and chosen.threads == 8
+    assert choose_cores("0-1,8", None, True, "cuda", {}, root).bound == {0, 1, 8}
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})  # none of the node's: nothing is bound
+    assert choose_cores(None, None, True, "cuda", {}, root).bound is None
+
+
+# --- control groups ------------------------------------------------------------------------------------------------
+
+V2 = {
+    "proc/self/cgroup": "0::/user.slice/job.scope\n",
+    "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
+    "proc/meminfo": f"MemTotal:       {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable:   {50 * 2**20} kB\n",
+    "proc/vmstat": "nr_free_pages 1\noom_kill 3\n",
+    "sys/fs/cgroup/memory.stat": "",
+    "sys/fs/cgroup/user.slice/memory.max": f"{8 * GIB}\n",
+    "sys/fs/cgroup/user.slice/memory.current": f"{5 * GIB}\n",
+    "sys/fs/cgroup/user.slice/memory.peak": f"{7 * GIB}\n",
+    "sys/fs/cgroup/user.slice/memory.events": "low 0\nhigh 0\nmax 12\noom 1\noom_kill 2\noom_group_kill 0\n",
+    "sys/fs/cgroup/user.slice/cpu.max": "350000 100000\n",
+    "sys/fs/cgroup/user.slice/job.scope/memory.max": "max\n",
+    "sys/fs/cgroup/user.slice/job.scope/memory.current": f"{4 * GIB}\n",
+    "sys/fs/cgroup/user.slice/job.scope/memory.events": "oom 0\noom_kill 0\n",
+    "sys/fs/cgroup/user.slice/job.scope/cpu.max": "max 100000\n",
+}
+V1 = {
+    "proc/self/cgroup": "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n",
+    "proc/self/mountinfo": (  # a container's: its own group is the mount
+        "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
+        "36 31 0:33 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
+    ),
+    "proc/meminfo": f"MemTotal:       {64 * 2**20} kB\nMemAvailable:   {50 * 2**20} kB\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.max_usage_in_bytes": f"{4 * GIB}\n",
+    "sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+}
+
+
+def test_limits_of_control_groups_version_2(tmp_path):
+    """Files made as the kernel writes them: this machine may have the other version."""
+    root = made(tmp_path, V2)
+    before = read_memory(root)
+    group = before.tightest()
+    assert (group.limit_bytes, group.used_bytes, group.peak_bytes, group.oom_kills) == (8 * GIB, 5 * GIB, 7 * GIB, 2)
+    assert group.folder.endswith("user.slice") and before.total_bytes == 64 * GIB
+    assert cpu_quota(root) == 3.5
+    assert killed_for_memory(before, read_memory(root)) is False
+    made(root, {"sys/fs/cgroup/user.slice/memory.events": "oom 2\noom_kill 3\n"})
+    assert killed_for_memory(before, read_memory(root)).folder == group.folder
+    made(root, {**V2, "proc/vmstat": "oom_kill 4\n"})
+    assert killed_for_memory(before, read_memory(root)) is True
+
+
+def test_limits_of_control_groups_version_1_in_a_container(tmp_path):
+    root = made(tmp_path, V1)
+    group = read_memory(root).tightest()
+    assert (group.limit_bytes, group.used_bytes, group.peak_bytes, group.oom_kills) == (4 * GIB, 3 * GIB, 4 * GIB, 0)
+    assert cpu_quota(root) == 1.5
+    chosen = choose_cores(None, None, True, "cpu", {}, root)
+    assert chosen.threads == 1 and "grants 1.5 CPUs" in (
+        chosen.words if len(os.sched_getaffinity(0)) > 1 else "grants 1.5 CPUs"
+    )
+    made(root, {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+    })  # fmt: skip
+    assert read_memory(root).tightest() is None and cpu_quota(root) is None
+
+
+@contextlib.contextmanager
+def control_group(controller: str, files: dict[str, str]) -> Iterator[Path]:
+    """A real control group of our own, of version 1 or 2; skips where this user may make none."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split()[:3]
+        mount = Path(left.split()[4])
+        if kind == "cgroup" and controller in options.split(","):
+            break
+        if kind == "cgroup2" and controller in (mount / "cgroup.subtree_control").read_text().split():
+            break
+    else:
+        pytest.skip(f"no control group hierarchy with {controller} here: made-up files stand for it above")
+    folder = mount / f"fuyou-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here ({error.strerror}): made-up files stand for it above")
+    try:
+        for name, value in files.items():
+            for each in (name, {"memory.max": "memory.limit_in_bytes"}.get(name, name)):
+                if (folder / each).exists():
+                    (folder / each).write_text(value)
+        yield folder
+    finally:
+        deadline = time.monotonic() + 10
+        while folder.exists():
+            try:
+                folder.rmdir()
+            except OSError:  # its last process is dying
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+def test_a_real_death_for_want_of_memory_names_group_and_limit(script):
+    eats = script("held = []\nwhile True:\n    held.append(bytearray(2**20))\n")
+    with control_group("memory", {"memory.max": str(200 * 2**20)}) as folder:
+        inside = ["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"]
+        done = launched("--ram", "3GiB", eats, before=inside)
+    said = paragraph(done)
+    assert done.returncode == 137
+    assert f"the kernel has counted the kill in the control group {folder}" in said
+    assert f"The control group {folder} is limited to 200.00 MiB" in said and "ram=3GiB" in said
+    held = float(re.search(r"It held ([\d.]+) MiB", said)[1])
+    assert 100 < held <= 200
+
+
+def test_a_real_quota_sets_the_threads(script):
+    with control_group("cpu", {"cpu.max": "100000 100000", "cpu.cfs_quota_us": "100000"}) as folder:
+        inside = ["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"]
+        done = launched(script(SHOWS), before=inside)
+    assert json.loads(done.stdout)["environment"]["OMP_NUM_THREADS"] == "1"
