@@ -23,6 +23,7 @@ from fuyou.plan.planner import Plan, make_plan
 from fuyou.report import Report
 from fuyou.runtime.away import Away
 from fuyou.runtime.build import STATE_SLOTS, Homes, make_units, name_optimizer_strangers, numbers_of
+from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
 from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
@@ -258,7 +259,7 @@ class Run:
             states = {}
             for member in unit.members:
                 state = passed.state.get(member.parameter, {})
-                if unit.optimized and "exp_avg" in state:
+                if member.optimized and "exp_avg" in state:
                     states[member] = state
                     member.step = int(state["step"])
             fill(unit, self._tiers.kernels, self._tiers.writes, states)
@@ -282,9 +283,12 @@ class Run:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-        optimized = {key: member for key, member in self._members.items() if member.unit.optimized}
         self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
-        self.optimizer = Optimizer(self._passed, optimized, self._schedule, self._gradients, self._access, self._guard)
+        enlisting = Enlisting(self._tiers, self._installation.watch)
+        self._schedule.enlist = enlisting.gradient
+        self.optimizer = Optimizer(
+            self.model, self._passed, self._members, self._schedule, self._gradients, self._access, enlisting, self._guard
+        )  # fmt: skip
         self._passed.state.clear()
         self._tiers.link.limit()
         self._installation.replace_step(self._passed)

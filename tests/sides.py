@@ -95,13 +95,22 @@ def compare_on(
     return seen
 
 
-def compare_bf16(script: Script, nvme: Path) -> None:
-    """As `compare_on`, against the plain loop with masters; they too must be the same in the end."""
-    case = models.CASES["gpt"]
-    oracle = case.model()
+def compare_bf16(script: Script, nvme: Path, freeze: Callable[[nn.Module], None] | None = None) -> None:
+    """As `compare_on`, against the plain loop with masters; they too must be the same in the end.
+
+    `freeze`: what is frozen when it is wrapped, in weights that bf16 holds (a frozen weight has no master until it is
+    unfrozen, and then its bf16 value is it); it is in the optimizer's groups all the same.
+    """
+    case, oracle = models.CASES["gpt"], models.CASES["gpt"].model()
+    if freeze is not None:
+        _round(oracle)
     plain = models.PlainBf16(oracle)
+    if freeze is not None:
+        freeze(oracle)
     seen = script(Side(case, oracle, plain, models.schedule_of(plain.inner)))
-    case, model, optimizer, scheduler = started("gpt")
+    case, model, optimizer, scheduler = started("gpt", _round if freeze is not None else None)
+    if freeze is not None:
+        freeze(model)
     with fuyou.wrap(
         model, optimizer, nvme, ram="640KiB", gpu="1GiB", device="cpu", config=fuyou.Config(precision="bf16")
     ) as run:
@@ -110,6 +119,11 @@ def compare_bf16(script: Script, nvme: Path) -> None:
         assert same(masters, list(plain.masters.values()))
         assert models.differing(model, models.values_of(oracle)) == []
     assert same(found, seen), _first_difference(found, seen)
+
+
+def _round(model: nn.Module) -> None:
+    for each in model.parameters():
+        each.data = each.data.bfloat16().float()
 
 
 def _first_difference(found: Any, seen: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fuyou.core.errors import BudgetError
 from fuyou.core.sizes import align_up, format_bytes
@@ -109,6 +109,8 @@ def _plan_staging(units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool)
     """(elements a chunk, bytes of an inbound buffer, bytes of all staging): at most half of the budget where it can be."""
     if not with_nvme:
         return CHUNK_ELEMENTS[0], 0, 0
+    # Frozen units count as if they were trained: they may be, later, and must then pass through the same staging.
+    units = [replace(each, trainable=True, optimized=True) for each in units]
     for chunk in CHUNK_ELEMENTS:
         buffer = max((_aligned(each, "weights", chunk) for each in units), default=PAGE_BYTES)
         update = max((sum(_aligned(each, kind, chunk) for kind in KINDS) for each in units), default=PAGE_BYTES)

@@ -200,7 +200,7 @@ class Away:
 
     def _write(self, member: Member, value: torch.Tensor) -> None:
         """Make `value` ((numel,), the parameter's dtype) the parameter's, and its master's where that is split."""
-        if member.unit.split and member.unit.optimized:
+        if member.unit.split and member.optimized:
             self._swapper.invalidate(member.unit)
             self._access.write_copy(member, value)
         else:

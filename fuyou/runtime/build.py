@@ -43,14 +43,19 @@ def make_units(
 ) -> list[tuple[Unit, list[tuple[str, nn.Parameter]]]]:
     """The units, in the order in which their first parameters are registered, each with its named parameters.
 
-    Parameters move together that are needed by the same blocks, have one dtype, and are all trained or all frozen.
+    Parameters move together that are needed by the same blocks, have one dtype, and are all trained or all frozen now.
     """
     owned = owners(model, blocks)
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {
+        id(parameter)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad or "exp_avg" in optimizer.state.get(parameter, {})  # frozen since: its state is kept
+    }
     found: dict[tuple, tuple[Unit, list[tuple[str, nn.Parameter]]]] = {}
     for name, parameter in model.named_parameters():
         dtype = _dtype(name, parameter, precision)
-        trained = parameter.requires_grad and id(parameter) in optimized
+        trained = id(parameter) in optimized
         key = (owned[id(parameter)], dtype, parameter.requires_grad, trained)
         if key not in found:
             title = " + ".join(blocks[index].name or "the model" for index in key[0]) or "the model's own parameters"

@@ -11,7 +11,7 @@ from torch import nn
 
 from fuyou.core.errors import StateError
 from fuyou.runtime.schedule import BlockCalls, Schedule
-from fuyou.swap.unit import Unit
+from fuyou.swap.unit import Member, Unit
 
 _MARK = "_fuyou_wrapped"
 
@@ -25,7 +25,7 @@ class Installation:
     """What is installed, in full:
 
     - on each block, and on the model itself: the instance attribute `forward`, which calls the original one;
-    - on each trainable parameter: a hook before its gradient is summed, and one after;
+    - on each parameter that requires a gradient, now or later: a hook before its gradient is summed, and one after;
     - on the optimizer that was passed: the instance attribute `step`, which raises and names run.optimizer.
 
     Parameters change class and data while they are away ([Note: away]); Away gives them back.
@@ -40,10 +40,11 @@ class Installation:
             calls.append((model, schedule.model_forward))
         for block, run in calls:
             self._put_forward(block, run, guard)
+        self._schedule = schedule
         for unit in units:
             if unit.trainable:
                 for member in unit.members:
-                    self._put_hooks(schedule, member)
+                    self.watch(member)
 
     def replace_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The passed optimizer's `step` would update NaN placeholders: it raises instead."""
@@ -63,6 +64,16 @@ class Installation:
                 optimizer.step = had  # type: ignore[method-assign]
 
         self._undo.append(undo)
+
+    def watch(self, member: Member) -> None:
+        """A parameter that requires a gradient: its hooks, once."""
+        if member.watched:
+            return
+        schedule, parameter = self._schedule, member.parameter
+        before = parameter.register_hook(lambda gradient: schedule.before_accumulate(member))
+        after = parameter.register_post_accumulate_grad_hook(lambda parameter: schedule.after_accumulate(member))
+        self._undo += [before.remove, after.remove]
+        member.watched = True
 
     def remove(self) -> None:
         """In reverse order, once."""
@@ -88,8 +99,3 @@ class Installation:
                 module.forward = had
 
         self._undo.append(undo)
-
-    def _put_hooks(self, schedule: Schedule, member: Any) -> None:
-        before = member.parameter.register_hook(lambda gradient: schedule.before_accumulate(member))
-        after = member.parameter.register_post_accumulate_grad_hook(lambda parameter: schedule.after_accumulate(member))
-        self._undo += [before.remove, after.remove]

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from fuyou.core.errors import ConfigError, StateError
+from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.schedule import Schedule
 from fuyou.swap.adam import AdamHyper
@@ -54,22 +56,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
+        model: nn.Module,
         passed: torch.optim.Optimizer,
         members: dict[int, Member],
         schedule: Schedule,
         gradients: Gradients,
         access: StateAccess,
+        enlisting: Enlisting,
         guard: Callable[[], None],
     ) -> None:
         self._ready = False
         super().__init__(passed.param_groups, passed.defaults)
         self.param_groups = passed.param_groups  # the list itself
+        self._model = model
         self._passed = passed
         self._members = members
         self._by_hand: list[Gradient] = []  # of gradients that were set as plain tensors, for the length of a step
         self._schedule = schedule
         self._gradients = gradients
         self._access = access
+        self._enlisting = enlisting
         self._guard = guard
         self.state = StateView(members, access, schedule.settle_weights)  # type: ignore[assignment]
         self._ready = True
@@ -91,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     member = self._member(parameter)
                     updates[member] = MemberUpdate(hyper, member.step + 1, self._scales(member))
+        if not updates:
+            self._refuse_strangers()
         with torch.profiler.record_function("fuyou::step"):
             self._schedule.step(updates)
         self._by_hand.clear()
@@ -101,12 +109,22 @@ class Optimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self._ready:
-            raise ConfigError(
-                "add_param_group after fuyou.wrap is not built yet: add the group to the optimizer before wrapping, with "
-                "the learning rate 0 until it is wanted."
-            )
+        """As torch's. A parameter that was in no group so far gets homes for its gradient and state: BudgetError where
+        the budgets have no room for them, and no group is added."""
+        if not self._ready:
+            super().add_param_group(param_group)
+            return
+        self._guard()
+        refuse_flags(type(self._passed).__name__, param_group)
         super().add_param_group(param_group)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                member = self._known(parameter)
+                if parameter.requires_grad:
+                    self._enlisting.state(member)
+        except BaseException:
+            self.param_groups.pop()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: {"state": {index: {...}}, "param_groups": [...]}. The tensors are copies in host memory."""
@@ -140,13 +158,29 @@ class Optimizer(torch.optim.Optimizer):
                 write_state(self._member(parameter), state_dict["state"][index], self._access, self._schedule)
 
     def _member(self, parameter: torch.Tensor) -> Member:
+        """The parameter's, with a home for its state."""
+        member = self._known(parameter)
+        if not member.optimized:
+            self._enlisting.state(member)
+        return member
+
+    def _known(self, parameter: torch.Tensor) -> Member:
         member = self._members.get(id(parameter))
         if member is None:
             raise StateError(
-                f"A parameter of shape {tuple(parameter.shape)} has a gradient and was frozen, or not in the model, when "
-                "fuyou.wrap was called: unfreeze before wrapping."
+                f"A parameter of shape {tuple(parameter.shape)} in the optimizer was not in the model when fuyou.wrap was "
+                "called: add it to the model before wrapping."
             )
         return member
+
+    def _refuse_strangers(self) -> None:
+        """A step that would train nothing, though backward reached parameters that came after wrap (get_peft_model)."""
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) not in self._members and parameter.grad is not None:
+                raise StateError(
+                    f"step() has nothing to update: {name} has a gradient and was added to the model after fuyou.wrap, "
+                    "which does not know it. Build the whole model (adapters too) and its optimizer first, then wrap."
+                )
 
     def _scales(self, member: Member) -> tuple[float, ...]:
         """Bring the gradient's bytes at home up to date; what is left to apply to them."""
@@ -171,15 +205,19 @@ def check_optimizer(optimizer: Any) -> None:
             f"{type(optimizer).__qualname__}: pass one of those two."
         )
     for group in optimizer.param_groups:
-        for flag in _REFUSED_FLAGS:
-            if group.get(flag):
-                raise ConfigError(f"{type(optimizer).__name__}({flag}=True) is not supported: pass {flag}=False.")
+        refuse_flags(type(optimizer).__name__, group)
     if not all(group.get("fused") for group in optimizer.param_groups):
         warnings.warn(
             f"{type(optimizer).__name__} is trained with the arithmetic of fused=True, whatever foreach or fused say: it "
             "differs from the other two in about 0.3 % of elements by one unit in the last place.",
             stacklevel=3,
         )
+
+
+def refuse_flags(name: str, group: Mapping[str, Any]) -> None:
+    for flag in _REFUSED_FLAGS:
+        if group.get(flag):
+            raise ConfigError(f"{name}({flag}=True) is not supported: pass {flag}=False.")
 
 
 def read_state(member: Member, access: StateAccess) -> dict[str, torch.Tensor]:

@@ -79,6 +79,7 @@ class Schedule:
         self._recompute = recompute
         self._traffic = traffic
         self._moved = traffic()
+        self.enlist: Callable[[Member], None] = lambda member: None
         self.torn = ""  # why nothing may be trained on or saved any more
         self._lock = threading.RLock()
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
@@ -286,11 +287,19 @@ class Schedule:
                 with self._clock.stall("weights"):
                     self._swapper.get(unit)
                 held.append(unit)
+                self._notice_unfrozen(unit)
         except BaseException:
             for unit in held:
                 self._swapper.release(unit)
             raise
         return held
+
+    def _notice_unfrozen(self, unit: Unit) -> None:
+        """Before anything is computed with it, a parameter that was frozen until now gets a home for its gradient."""
+        if torch.is_grad_enabled():
+            for member in unit.members:
+                if not member.watched and member.parameter.requires_grad:
+                    self.enlist(member)
 
     def _prefetch(self, phase: str, block: BlockCalls) -> None:
         """Start fetching what came after this block last time."""

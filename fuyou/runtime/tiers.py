@@ -8,16 +8,17 @@ import warnings
 import torch
 
 from fuyou.core.config import Config
+from fuyou.core.errors import BudgetError
 from fuyou.core.ledger import Ledger
-from fuyou.core.sizes import parse_bytes
+from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
 from fuyou.runtime.measure import trim_heap
 from fuyou.swap.adam import load_kernels, native_problem
 from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
-from fuyou.tiers.host import Arena
+from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
 from fuyou.tiers.io import Engine, open_engine
-from fuyou.tiers.store import Store, free_limit, memory_folders, refuse_without_room
+from fuyou.tiers.store import Extent, Store, free_limit, memory_folders, refuse_without_room
 from fuyou.tiers.worker import Worker
 
 
@@ -38,6 +39,8 @@ class Tiers:
         config: Config,
     ) -> None:
         self.notes: list[str] = []
+        self._ram_bytes = ram_bytes
+        self._pin = device.type == "cuda"
         self.ledger = Ledger(
             {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
         )
@@ -56,10 +59,8 @@ class Tiers:
                 self.engine = open_engine(config.io)
                 self._closing.callback(self.engine.close)
                 self._note(self.engine.note)
-            self.arena = Arena(plan.arena_bytes, self.ledger, pin=device.type == "cuda")
-            self._closing.callback(self.arena.close)
-            self._note(self.arena.note)
-            self.arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
+            self._committed_bytes = 0
+            self.arena = self._open_arena(plan.arena_bytes)
             if self.engine is not None:
                 if self.engine.register(self.arena.address, self.arena.nbytes):
                     self._closing.callback(self.engine.unregister, self.arena.address)
@@ -76,6 +77,32 @@ class Tiers:
         """Lock the folders and preallocate the extents that have been placed."""
         if self.store is not None:
             self.store.open()
+
+    def home(self, nbytes: int, category: str, slots: int, what: str) -> Lease | Extent:
+        """A home for bytes that the plan did not foresee: in host memory that the budget still has, else on the drives.
+
+        BudgetError, saying for `what`, where there is room on neither; StoreError for a full drive.
+        """
+        size = align_up(nbytes, PAGE_BYTES)
+        room = self._ram_bytes - self._committed_bytes
+        if size <= room:
+            return self._open_arena(size).lease(nbytes, category, what)
+        if self.store is not None:
+            return self.store.add(nbytes, category, slots)
+        raise BudgetError(
+            f"The host budget ram={format_bytes(self._ram_bytes)} is {format_bytes(size - room)} ({size - room} bytes) "
+            f"short: the {category} of {what} need {format_bytes(size)}, and there is no nvme folder. No update had begun: "
+            "give ram that much more, or an nvme folder.",
+            tier="host", needed_bytes=self._committed_bytes + size, given_bytes=self._ram_bytes,
+        )  # fmt: skip
+
+    def _open_arena(self, nbytes: int) -> Arena:
+        arena = Arena(nbytes, self.ledger, pin=self._pin)
+        self._closing.callback(arena.close)
+        self._note(arena.note)
+        arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
+        self._committed_bytes += arena.nbytes
+        return arena
 
     def traffic(self) -> dict[str, int]:
         """Bytes moved since the run began."""

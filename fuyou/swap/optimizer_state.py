@@ -215,7 +215,7 @@ class _Loaded:
         self._written: Ticket | None = None
 
     def __enter__(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        staging = self._writes.stage(_ranges(self._chunk)[:2], f"the state of {self._chunk.unit.name}")
+        staging = self._writes.stage(_state_ranges(self._chunk), f"the state of {self._chunk.unit.name}")
         if staging is None:
             raise MemoryError("no staging")  # stage(wait=True) waits or raises
         self._staging = staging
@@ -243,9 +243,15 @@ class _Loaded:
 
 def _ranges(chunk: Chunk) -> Sequence[Range]:
     """weights, state, gradient of a chunk that is optimized."""
-    if chunk.state is None or chunk.gradient is None:
+    if chunk.gradient is None:
+        raise ValueError(f"Unit {chunk.unit.name} has no gradient.")
+    return (*_state_ranges(chunk), chunk.gradient)
+
+
+def _state_ranges(chunk: Chunk) -> Sequence[Range]:
+    if chunk.state is None:
         raise ValueError(f"Unit {chunk.unit.name} has no optimizer state.")
-    return (chunk.weights, chunk.state, chunk.gradient)
+    return (chunk.weights, chunk.state)
 
 
 def _load(staging: Staging) -> Ticket:

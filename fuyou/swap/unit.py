@@ -40,6 +40,8 @@ class Member:
     original_device: torch.device
     entry: Entry
     unit: Unit
+    optimized: bool  # its optimizer state has a home; False: it was frozen, or in no optimizer, so far
+    watched: bool = False  # hooks send its gradients home
     step: int = 0  # optimizer steps taken, as torch counts them: by parameter
 
 
@@ -48,8 +50,8 @@ class Chunk:
     """`count` elements of a unit from element `start`: the granule of NVMe traffic and of the update.
 
     weights: the compute copy, fp32 or bf16 (bf16: the high half of the master).
-    state: exp_avg | exp_avg_sq in fp32, then in bf16 the master's low half (int16); None where nothing is optimized.
-    gradient: in the parameters' dtype; None for frozen weights.
+    state: exp_avg | exp_avg_sq in fp32, then in bf16 the master's low half (int16); None while nothing is optimized.
+    gradient: in the parameters' dtype; None while all its weights are frozen.
     """
 
     unit: Unit
@@ -70,7 +72,8 @@ class Unit:
 
     Views of that storage which autograd saved stay valid names for the bytes: after a release and another fetch they
     show the weights again. `owners` are the indices of the blocks that need it; none: it belongs to the model's own
-    forward. `pinned`: its device memory stays, once it has some.
+    forward. `pinned`: its device memory stays, once it has some. `trainable` and `optimized` say what it was planned with;
+    its members know what has been added since.
     """
 
     def __init__(self, name: str, owners: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -92,10 +95,9 @@ class Unit:
         """Lay out the parameters and make the (still empty) device storage."""
         self.layout = Layout(self.dtype, [(name, parameter.shape) for name, parameter in named])
         self.members = [
-            Member(name, parameter, type(parameter), parameter.device, entry, self)
+            Member(name, parameter, type(parameter), parameter.device, entry, self, self.optimized)
             for (name, parameter), entry in zip(named, self.layout.entries, strict=True)
         ]
-        self.trainable = named[0][1].requires_grad
         self.memory = DeviceMemory(self.layout.nbytes, self.device)
         self.flat = self.memory.tensor.view(self.dtype)
         self.views = self.layout.views(self.flat)

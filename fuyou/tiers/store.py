@@ -62,6 +62,18 @@ class Extent:
         self.category = category
         self.written = False
 
+    @property
+    def drive(self) -> Drive:
+        return self._drive
+
+    @property
+    def slot_count(self) -> int:
+        return len(self._offsets)
+
+    def take_slot(self, offset: int) -> None:
+        """Called by Store.add_slot only."""
+        self._offsets += (offset,)
+
     def read(self, address: int, keep: object) -> Ticket:
         """Start reading the extent to `address`; `keep` lives until that has ended."""
         if not self.written:
@@ -99,21 +111,27 @@ class Drive:
             )
         os.chmod(store, 0o700)
         self.lock = FolderLock(store)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        self.preallocate(0, self.nbytes)
+        self.file = engine.open(self.path)
+
+    def preallocate(self, offset: int, nbytes: int) -> None:
+        """Make the file reach over `nbytes` from `offset`. StoreError where the drive is full; its size is then as before."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if self.nbytes:
-                os.posix_fallocate(descriptor, 0, self.nbytes)
+            if nbytes:
+                os.posix_fallocate(descriptor, offset, nbytes)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
+            os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
             free = shutil.disk_usage(self.folder).free
             raise StoreError(
-                f"The nvme folder {self.folder} has no room: {format_bytes(self.nbytes)} are needed and "
+                f"The nvme folder {self.folder} has no room: {format_bytes(nbytes)} are needed and "
                 f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
             ) from error
         finally:
             os.close(descriptor)
-        self.file = engine.open(self.path)
 
     def close(self, engine: Engine) -> None:
         """Nothing of an uncommitted store is of use after its run: the file goes, and with it the folder."""
@@ -160,6 +178,31 @@ class Store:
         except BaseException:
             self.close()
             raise
+
+    def add(self, nbytes: int, category: str, slots: int) -> Extent:
+        """An extent placed after `open`, at the end of a file that grows by it. BudgetError or StoreError where there is
+        no room, and nothing has changed."""
+        drive = min(self._drives, key=lambda each: each.nbytes)
+        size = align_up(nbytes, EXTENT_ALIGN_BYTES)
+        return Extent(self, drive, self._grow(drive, size, category, slots), size, category)
+
+    def add_slot(self, extent: Extent) -> None:
+        """A second slot for an extent that updates will rewrite from now on."""
+        if extent.slot_count == 1:
+            extent.take_slot(self._grow(extent.drive, extent.nbytes, extent.category, 1)[0])
+
+    def _grow(self, drive: Drive, size: int, category: str, slots: int) -> tuple[int, ...]:
+        """Offsets of `slots` new places of `size` bytes on an open drive."""
+        self._ledger.charge("nvme", category, slots * size, "extents for what is trained from now on")
+        start = drive.nbytes
+        try:
+            drive.preallocate(start, slots * size)
+        except BaseException:
+            self._ledger.discharge("nvme", category, slots * size)
+            raise
+        drive.nbytes += slots * size
+        self._placed.append((category, slots * size))
+        return tuple(start + slot * size for slot in range(slots))
 
     def transfer(self, kind: str, drive: Drive, offset: int, address: int, nbytes: int, keep: object) -> Ticket:
         """Called by Extent only."""
