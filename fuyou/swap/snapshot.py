@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fuyou.core.errors import StateError
 
@@ -79,12 +80,22 @@ def tensors_in(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tens
         yield from tensors_in(vars(value), seen)
 
 
+class _Buffer(NamedTuple):
+    """A buffer as a forward found it; `before` is a copy of its values, where one was taken."""
+
+    key: str
+    owner: nn.Module
+    tensor: torch.Tensor
+    version: int
+    before: torch.Tensor | None
+
+
 class ModuleState:
     """Attributes and buffers of a module tree before a forward: attributes by identity, containers by their items.
 
-    A forward may write into a buffer, or put another tensor in its place (buffers are known by identity too). Only
-    buffers that were seen to be written are copied before each call; the first call of a block in training, and the
-    first in eval, copy all of them to find out (`mutable`, by name and mode, is the block's memory of it).
+    A forward may write into a buffer, or put another tensor in its place (buffers are known by identity too). The first
+    call of a block in training, and the first in eval, copy all buffers to see which modules write theirs; later calls
+    copy the buffers of those (`mutable`, by name and mode, is the block's memory of it).
     """
 
     def __init__(self, module: nn.Module, mutable: dict[str, bool]) -> None:
@@ -94,45 +105,52 @@ class ModuleState:
             for child in module.modules()
         ]
         self._registered = [(child, dict(child._buffers)) for child in module.modules()]
-        self._buffers = []
-        for key, buffer in _buffers_of(module):
-            before = buffer.detach().clone() if mutable.get(key, True) else None
-            self._buffers.append((key, buffer, buffer._version, before))
+        self._buffers = [
+            _Buffer(key, owner, tensor, tensor._version, tensor.detach().clone() if mutable.get(key, True) else None)
+            for key, owner, tensor in _buffers_of(module)
+        ]
 
     def after_forward(self) -> None:
         """Learn what changed, and keep only that."""
-        kept = []
-        for name, buffer, version, before in self._buffers:
-            changed = buffer._version != version
-            if changed and before is None:
-                raise StateError(
-                    f"Buffer {name} was changed by a forward for the first time after its block's first one, so that forward "
-                    "cannot be run again in backward: wrap with Config(activations='keep')."
-                )
-            if before is not None and not changed:  # batch norm writes its running statistics past the version counter
-                # Known to change: not compared again, which would make the host wait for the device.
-                changed = self._mutable.get(name, False) or not torch.equal(before, buffer)
-            self._mutable[name] = changed or self._mutable.get(name, False)
-            if changed:
-                kept.append((name, buffer, version, before))
-        self._buffers = kept
+        # By module: what writes one of its buffers may write all, even where a first batch left some as they were.
+        writers = {id(each.owner) for each in self._buffers if self._was_written(each)}
+        for each in self._buffers:
+            self._mutable[each.key] = id(each.owner) in writers
+        self._buffers = [each for each in self._buffers if id(each.owner) in writers]
         self._registered = [(child, before) for child, before in self._registered if not _identical(child, before)]
         self._attributes = [(child, before) for child, before in self._attributes if _changed(child, before)]
+
+    def _was_written(self, buffer: _Buffer) -> bool:
+        written = buffer.tensor._version != buffer.version
+        if buffer.before is None:
+            if written:
+                raise StateError(
+                    f"Buffer {buffer.key} was changed by a forward for the first time after its block's first one, so that "
+                    "forward cannot be run again in backward: wrap with Config(activations='keep')."
+                )
+            return False
+        # Known to change: not compared again, which would make the host wait for the device.
+        if written or self._mutable.get(buffer.key, False):
+            return True
+        # Running statistics are written past the version counter, and perhaps not by the block's first call.
+        statistics = isinstance(buffer.owner, _NormBase) and buffer.owner.training
+        return statistics or not torch.equal(buffer.before, buffer.tensor)
 
     @contextlib.contextmanager
     def before_forward(self) -> Iterator[None]:
         """As it was before the call, for the length of the `with`; then as it is now again."""
         attributes = [(child, _own(child)) for child, _ in self._attributes]
         registered = [(child, dict(child._buffers)) for child, _ in self._registered]
-        buffers = [(buffer, buffer.detach().clone()) for _, buffer, _, _ in self._buffers]
+        buffers = [(each.tensor, each.tensor.detach().clone()) for each in self._buffers]
         try:
             for child, before in self._attributes:
                 _replace(child, snapshot(before, objects=False))
             for child, tensors in self._registered:
                 _register(child, tensors)
             with torch.no_grad():
-                for _, buffer, _, value in self._buffers:
-                    buffer.detach().copy_(value)  # type: ignore[arg-type]
+                for each in self._buffers:
+                    if each.before is not None:
+                        each.tensor.detach().copy_(each.before)
             yield
         finally:
             for child, now in attributes:
@@ -144,14 +162,14 @@ class ModuleState:
                     buffer.detach().copy_(now_value)
 
 
-def _buffers_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each distinct buffer with a key that says whether its module is training: a norm may write only then."""
+def _buffers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """Each distinct buffer with its module and a key that says whether that is training: a norm may write only then."""
     seen: set[int] = set()
     for prefix, child in module.named_modules():
         for name, buffer in child.named_buffers(recurse=False):
             if id(buffer) not in seen:
                 seen.add(id(buffer))
-                yield f"{prefix}.{name} ({'training' if child.training else 'eval'})", buffer
+                yield f"{prefix}.{name} ({'training' if child.training else 'eval'})", child, buffer
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
