@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from fuyou.core.errors import StateError
+from fuyou.runtime import away
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.swap.unit import Member, Unit
 
@@ -17,8 +20,10 @@ _MARK = "_fuyou_wrapped"
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Some module of `model` carries a live run's forward."""
-    return any(hasattr(vars(module).get("forward"), _MARK) for module in model.modules())
+    """Some module of `model` carries a live run's forward, or (under a forward that was put over it) its parameters."""
+    if any(hasattr(vars(module).get("forward"), _MARK) for module in model.modules()):
+        return True
+    return any(type(parameter).__module__ == away.__name__ for parameter in model.parameters())
 
 
 class Installation:
@@ -83,19 +88,36 @@ class Installation:
     def _put_forward(
         self, block: BlockCalls, run: Callable[[BlockCalls, tuple, dict], Any], guard: Callable[[], None]
     ) -> None:
+        removed: list[bool] = []
+
         @torch.compiler.disable  # compiled code would look inside and burn the fetching in
-        @functools.wraps(block.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(_: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if removed:  # somebody (Accelerate, TRL) has put a forward of their own over this one: it goes on working
+                return block.forward(*args, **kwargs)
             guard()
             return run(block, args, kwargs)
 
+        # A bound method with the signature of the original and nothing to unwrap: transformers reads the signature,
+        # Accelerate takes a forward apart by `__wrapped__` and binds what it finds to the model.
+        functools.update_wrapper(forward, block.forward, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+        del forward.__wrapped__
+        forward.__signature__ = _signature_with_self(block.forward)
         setattr(forward, _MARK, True)
         module, had = block.module, vars(block.module).get("forward")
-        module.forward = forward
+        ours = module.forward = types.MethodType(forward, module)
 
         def undo() -> None:
+            removed.append(True)
+            if vars(module).get("forward") is not ours:
+                return
             del module.forward
             if had is not None:
                 module.forward = had
 
         self._undo.append(undo)
+
+
+def _signature_with_self(bound: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(bound)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[first, *signature.parameters.values()])
