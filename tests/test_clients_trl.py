@@ -12,7 +12,7 @@ from clients import Side, chats, completions, llama, preferences, texts, tokeniz
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-ADAPTERS = "180KiB"  # of host memory: less than the frozen weights
+ADAPTERS = "240KiB"  # of host memory: less than the frozen weights
 UNTIMED = ("runtime", "per_second")
 
 
@@ -135,3 +135,13 @@ def test_dpo_with_adapters(tmp_path, nvme):
 
 def test_dpo_in_full_with_the_reference_computed_first(tmp_path, nvme):
     clients.compare(direct_preferences(precompute_ref_log_probs=True), llama, tmp_path, nvme)
+
+
+def test_the_trainer_goes_on_after_close(nvme, tmp_path):
+    """TRL replaces the wrapped model's forward; closing the run takes fuyou's off and leaves TRL's."""
+    model, optimizer, scheduler = clients.started(llama)
+    with clients.wrapped(model, optimizer, nvme) as run:
+        trainer = sft(Side(model, run.optimizer, scheduler, tmp_path, run), texts(), eval_on_start=True)
+        trainer.train()
+        inside = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == inside
