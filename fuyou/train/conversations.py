@@ -64,6 +64,8 @@ class ChatTemplate:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         self._special = tuple(str(token) for token in added.values() if str(token).strip())
         self._tails: dict[bool, Tail] = {}  # with tools, and without
+        self._ends_late = False
+        self._backend = _without_trimming(self.tokenizer.backend_tokenizer)
 
     def encode(self, conversations: Sequence[Conversation]) -> Iterator[list[Encoded]]:
         """For each conversation its texts, one but for a template that rewrites; none where nothing is to be learnt."""
@@ -73,10 +75,15 @@ class ChatTemplate:
             yield from ([] for _ in rendered)
             return
         # The template writes beginning-of-text itself where the model wants one.
-        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens, offsets = iter(found["input_ids"]), iter(found["offset_mapping"])
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        if found[0].ids != self.tokenizer(texts[0], add_special_tokens=False, verbose=False)["input_ids"]:
+            raise ConfigError(
+                f"The tokenizer ({type(self.tokenizer).__name__}) changes what its tokenizer.json makes of a text, so that "
+                "the assistant's tokens cannot be told from the others: take one that does not."
+            )
+        encodings = iter(found)
         for some in rendered:
-            yield [self._labelled(one, next(tokens), next(offsets)) for one in some]
+            yield [self._labelled(one, next(encodings)) for one in some]
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """The texts of a conversation with the assistant's spans; DataError where the template refuses it."""
@@ -103,8 +110,9 @@ class ChatTemplate:
         for index in reversed(turns):  # from the longest text, so that every text that goes on is already there
             turn = self._write(conversation, messages[: index + 1])
             start = self._start(conversation, messages[: index + 1], turn)
-            turn = self._ended(conversation, messages[: index + 1], turn, start)
             written, learnt = self._tail(conversation, messages[: index + 1])
+            if self._ends_late:
+                turn = self._ended(conversation, messages[: index + 1], turn)
             end = len(turn) - len(written) + len(learnt) if turn[start:].endswith(written) else len(turn)
             for longer in texts:
                 if longer.text.startswith(turn[:end]):
@@ -123,10 +131,10 @@ class ChatTemplate:
             asked = self._write(conversation, before, add_generation_prompt=True)
             if text.startswith(asked):
                 header = len(asked)
-                if self.asks:
+                if self.asks or not isinstance(last.get("content"), str):
                     return header
                 # A template that never writes a generation prompt may still open the turn with a name.
-                opened = self._opening(conversation, messages, text) if last.get("content") else header
+                opened = self._opening(conversation, messages, text)
                 return opened if text[header:opened].strip() else header
         self.reopened += bool(before)
         if not isinstance(last.get("content"), str):
@@ -137,13 +145,11 @@ class ChatTemplate:
             )
         return self._opening(conversation, messages, text)
 
-    def _ended(self, conversation: Conversation, messages: list[dict[str, Any]], text: str, start: int) -> str:
+    def _ended(self, conversation: Conversation, messages: list[dict[str, Any]], text: str) -> str:
         """`text` with the end-of-text token that some templates write only once something follows (Qwen 1.5's)."""
         end = self.tokenizer.eos_token
-        if not end or end in text[start:]:
-            return text
-        asked = self._write(conversation, messages, add_generation_prompt=True)
-        return text + end if asked.startswith(text + end) else text
+        asked = self._write(conversation, messages, add_generation_prompt=True) if end else ""
+        return text + end if end and asked.startswith(text + end) else text
 
     def _tail(self, conversation: Conversation, messages: list[dict[str, Any]]) -> Tail:
         """(what the template writes after the last answer's content, the part of it that is learnt): up to its first
@@ -159,7 +165,9 @@ class ChatTemplate:
                     f"{conversation.source}: the chat template does not write the content of the assistant's messages, as "
                     "those of multimodal models, which want it in parts. Set a chat template for text on the tokenizer."
                 )
-            written = self._ended(conversation, answered, text, place)[place + len("No.") :]
+            ended = self._ended(conversation, answered, text)
+            self._ends_late = ended != text
+            written = ended[place + len("No.") :]
             found = re.match(r"\s*\S+", written)
             learnt = found[0] if found and found[0].endswith(self._special) else written
             self._tails[tools] = written, learnt
@@ -168,16 +176,17 @@ class ChatTemplate:
     def _opening(self, conversation: Conversation, messages: list[dict[str, Any]], text: str) -> int:
         """How much of `text` comes before the content of its last message: what stays when the content is another."""
         *before, last = messages
-        others = [self._write(conversation, [*before, {**last, "content": content}]) for content in ("Aye.", "No.")]
-        opened = len(commonprefix([text, *others]))
-        if before:
-            shared = len(commonprefix([text, self._write(conversation, before)]))
-            if opened < shared:
-                raise DataError(
-                    f"{conversation.source}: the chat template writes the messages before message {len(messages)} "
-                    "differently for each answer, so that the answer's beginning cannot be told. Mark it in the template "
-                    "with {% generation %}."
-                )
+        yes, no = (self._write(conversation, [*before, {**last, "content": content}]) for content in ("Yes.", "No."))
+        place = len(commonprefix([yes, no]))
+        opened = len(commonprefix([text, yes, no]))
+        once = yes[place:].startswith("Yes.") and yes[place + len("Yes.") :] == no[place + len("No.") :]
+        earlier = len(commonprefix([yes, self._write(conversation, before)])) if before else 0
+        if not once or opened < earlier:
+            raise DataError(
+                f"{conversation.source}: the chat template writes message {len(messages)} more than once, or what is before "
+                "it differently for each answer, so that the answer's beginning cannot be told. Mark it in the template "
+                "with {% generation %}."
+            )
         return opened
 
     def _write(self, conversation: Conversation, messages: list[dict[str, Any]], **options: bool) -> str:
@@ -204,7 +213,8 @@ class ChatTemplate:
             )
         return rendered[0][0], [(start, end) for start, end in rendered[1][0]]
 
-    def _labelled(self, rendered: Rendered, tokens: list[int], offsets: list[Span]) -> Encoded:
+    def _labelled(self, rendered: Rendered, encoding: Any) -> Encoded:
+        tokens, offsets = encoding.ids, encoding.offsets
         labelled = bytearray(len(tokens))
         place = 0
         for start, end in rendered.spans:
@@ -247,6 +257,16 @@ def _template_of(tokenizer: Any) -> str:
         raise ConfigError(
             f"The tokenizer's chat template cannot be chosen ({' '.join(str(error).split())}). {_CURE}"
         ) from None
+
+
+def _without_trimming(backend: Any) -> Any:
+    """The tokenizer below, with offsets that take in white space: those of Llama 3 and GPT-2 leave it out, so that a
+    token of one space would belong nowhere. Only post-processing does that, and adds special tokens, which is not asked."""
+    copy = type(backend).from_str(backend.to_str())
+    copy.post_processor = None
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
 
 
 def _before(offset: Span, start: int) -> bool:
