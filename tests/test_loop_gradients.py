@@ -12,6 +12,8 @@ import torch
 from sides import Side, compare_bf16
 from torch import nn
 
+import fuyou
+
 # --- the step -----------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +107,136 @@ def test_gradients_are_read(compare):
                 seen.append(torch.stack([each.grad.norm() for _, each in side.named()]))
                 seen.append(torch.cat([each.grad.flatten() for _, each in side.named()]))
             seen += side.finish()
+        return seen
+
+    compare(script)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_clipped_by_value(compare, foreach):
+    def script(side: Side) -> Any:
+        seen: list[Any] = []
+        for _ in range(3):
+            seen += side.backwards()
+            torch.nn.utils.clip_grad_value_(side.model.parameters(), 1e-3, foreach=foreach)
+            seen.append(max(each.grad.abs().max().item() for each in side.model.parameters()))
+            seen += side.finish()
+        return seen
+
+    compare(script)
+
+
+LISTS: dict[str, Callable[[list[torch.Tensor]], Any]] = {
+    "abs_": lambda grads: torch._foreach_abs_(grads),
+    "abs": lambda grads: torch._foreach_abs(grads),
+    "clamp_": lambda grads: (torch._foreach_clamp_min_(grads, -1e-3), torch._foreach_clamp_max_(grads, 1e-3)),
+    "add_ lists": lambda grads: torch._foreach_add_(grads, [torch.full_like(each, 1e-3) for each in grads], alpha=0.5),
+    "add_ each other": lambda grads: torch._foreach_add_(grads, grads),
+    "addcmul_": lambda grads: torch._foreach_addcmul_(grads, grads, grads, 0.5),
+    "mul_ numbers": lambda grads: torch._foreach_mul_(grads, [0.1 * index for index in range(len(grads))]),
+    "mul_ number": lambda grads: torch._foreach_mul_(grads, 0.3),
+    "zero_": lambda grads: torch._foreach_zero_(grads),
+    "norms": lambda grads: torch._foreach_norm(grads, 2.0),
+    "norms of order 1": lambda grads: torch._foreach_norm(grads, 1.0),
+}
+
+
+@pytest.mark.parametrize("how", LISTS)
+def test_lists_of_gradients(compare, how):
+    def script(side: Side) -> Any:
+        seen: list[Any] = side.backwards()
+        seen.append(LISTS[how]([each.grad for each in side.model.parameters()]))
+        seen += [each.grad.clone() for each in side.model.parameters()]
+        return seen + side.finish() + side.steps(1)
+
+    compare(script)
+
+
+def test_all_gradients_are_changed_within_the_device_budget(nvme):
+    """Changed one after another, those that nobody holds go home for the next: a budget that cannot hold them all does."""
+
+    def train(model: nn.Module, optimizer: Any) -> list[Any]:
+        seen = []
+        for step in range(2):
+            torch.manual_seed(step)
+            model(torch.randn(4, 512)).square().mean().backward()
+            torch.nn.utils.clip_grad_value_(model.parameters(), 1e-5)
+            for each in model.parameters():
+                each.grad.add_(1e-6)  # stays changed on the device, until its room is wanted
+            seen.append([each.grad.norm().item() for each in model.parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(16)])
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    oracle, optimizer = build()
+    expected = train(oracle, optimizer)
+    model, optimizer = build()
+    with pytest.raises(fuyou.BudgetError) as short:
+        fuyou.wrap(model, optimizer, nvme, ram="8MiB", gpu="1MiB", device="cpu")
+    with fuyou.wrap(model, optimizer, nvme, ram="8MiB", gpu=short.value.needed_bytes + 2**21, device="cpu") as run:
+        assert train(model, run.optimizer) == expected
+        held = run.report().dict()["tiers"]["device"]
+        assert sum(4 * each.numel() for each in model.parameters()) > 16 * 2**20
+        assert held["peak_bytes"] <= held["budget_bytes"]
+    assert models.differing(model, models.values_of(oracle)) == []
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["", "unscale_ and clip"])
+@pytest.mark.parametrize("scale", [2.0**16, 1000.0])
+def test_grad_scaler(compare, scale, clip):
+    """torch.amp.GradScaler: scaled losses, a step skipped for an inf, growth and backoff, its own state."""
+
+    def script(side: Side) -> Any:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        seen: list[Any] = []
+        for step in range(1, 6):
+            for micro in range(2):
+                torch.manual_seed(10 * step + micro)
+                loss = models.loss_of(side.model, side.case.batch(10 * step + micro)) / 2
+                scaler.scale(loss).backward()
+                seen.append(loss.item())
+            if step == 3:
+                list(side.model.parameters())[3].grad.view(-1)[5] = float("inf")
+            if clip:
+                scaler.unscale_(side.optimizer)
+                seen.append(torch.nn.utils.clip_grad_norm_(side.model.parameters(), models.CLIP).item())
+            scaler.step(side.optimizer)
+            scaler.update()
+            seen += [scaler.get_scale(), scaler.state_dict()]
+            seen += [each.grad.norm().item() for each in side.model.parameters()] if step != 3 else []
+            side.scheduler.step()
+            side.optimizer.zero_grad()
+        return seen
+
+    seen = compare(script)
+    scales = [each["scale"] for each in seen if isinstance(each, dict)]
+    assert scales[2] < scales[1] > scales[0] and len(scales) == 5  # it grew, and backed off at the inf
+
+
+@pytest.mark.parametrize("how", ["by loops", "by foreach", "on the loss"])
+def test_loss_scaled_by_hand(compare, how):
+    def script(side: Side) -> Any:
+        seen: list[Any] = []
+        for step in range(1, 4):
+            torch.manual_seed(step)
+            loss = models.loss_of(side.model, side.case.batch(step))
+            (loss * 3000.0).backward()
+            grads = [each.grad for each in side.model.parameters()]
+            if how == "by loops":
+                for each in grads:
+                    each.div_(3000.0)
+            elif how == "by foreach":
+                torch._foreach_div_(grads, 3000.0)
+            else:
+                for each in side.model.parameters():
+                    each.grad = each.grad * (1 / 3000.0)
+            finite = all(bool(torch.isfinite(each.grad).all()) for each in side.model.parameters())
+            seen += [loss.item(), finite, *side.finish()]
         return seen
 
     compare(script)

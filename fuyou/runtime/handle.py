@@ -48,7 +48,7 @@ class GradientHandle(torch.Tensor):
         if any(not issubclass(each, GradientHandle) for each in types):
             return NotImplemented  # a parameter that is away answers first, and calls again with its values
         if getattr(function, "__name__", "") in _RAW:
-            args, kwargs = pytree.tree_map_only(GradientHandle, _materialise, (args, kwargs or {}))
+            args, kwargs = pytree.tree_map_only(GradientHandle, _lend, (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -57,6 +57,8 @@ class GradientHandle(torch.Tensor):
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if args and isinstance(args[0], (list, tuple)) and len(args[0]) > 1 and "_foreach_" in function.__name__:
+            return _one_by_one(function, args, kwargs)
         fast = _FAST.get(function.overloadpacket)
         if fast is not None:
             result = fast(function, *args, **kwargs)
@@ -68,18 +70,21 @@ class GradientHandle(torch.Tensor):
         handles = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, GradientHandle)]
         if not changes and not is_view:
             return _read(function, handles, args, kwargs)
-        real_args, real_kwargs = pytree.tree_map_only(GradientHandle, _materialise, (args, kwargs))
-        result = function(*real_args, **real_kwargs)
+        held = [handle.gradient for handle in handles if not handle.gradient.lent]
+        try:  # all are lent for the call, so that bringing one back does not send another one home
+            real_args, real_kwargs = pytree.tree_map_only(GradientHandle, _lend, (args, kwargs))
+            result = function(*real_args, **real_kwargs)
+            by_value = {id(handle.gradient.live): handle for handle in handles}
+        finally:
+            for gradient in held if changes else ():
+                gradient.lent, gradient.norm = False, None
         if not changes:
             return result  # a view: the gradient stays on the device, so that changes to the view count
-        by_value = {id(handle.gradient.live): handle for handle in handles}
-        for handle in handles:
-            handle.gradient.norm = None
         return pytree.tree_map_only(torch.Tensor, lambda each: by_value.get(id(each), each), result)
 
 
-def _materialise(handle: GradientHandle) -> torch.Tensor:
-    return handle._gradients.materialise(handle.gradient)
+def _lend(handle: GradientHandle) -> torch.Tensor:
+    return handle._gradients.materialise(handle.gradient, lent=True)
 
 
 def _read(function: Any, handles: list[GradientHandle], args: tuple, kwargs: dict) -> Any:
@@ -126,13 +131,25 @@ def _alias(function: Any, self: Any) -> Any:
     return GradientHandle(self.gradient, self._gradients) if isinstance(self, GradientHandle) else NotImplemented
 
 
+def _one_by_one(function: Any, args: tuple, kwargs: dict) -> Any:
+    """An operation on lists of tensors, for one place in the lists after another: the device holds one gradient more,
+    not all. Each place is computed by itself, so the bits are the same."""
+    length, results = len(args[0]), []
+    for index in range(length):
+        mine = [
+            [each[index]] if isinstance(each, (list, tuple)) and len(each) == length else each
+            for each in args
+        ]  # fmt: skip
+        results.append(function(*mine, **kwargs))
+    return None if results[0] is None else [each for result in results for each in result]
+
+
 def _foreach(single: Callable) -> Callable:
     def each(function: Any, selves: list, *rest: Any) -> Any:
         other = rest[0] if rest else None
         if isinstance(other, (list, tuple)) or len(rest) > 1:
             return NotImplemented
-        for self in selves:
-            single(self, *rest)
+        single(selves[0], *rest)
         return None
 
     return each
@@ -144,7 +161,19 @@ def _foreach_scale(self: torch.Tensor, other: Any) -> None:
 
 
 def _foreach_norm(function: Any, selves: list, ord: Any = 2, dtype: Any = None) -> Any:
-    return [torch.linalg.vector_norm(self, ord, dtype=dtype) for self in selves]
+    return [torch.linalg.vector_norm(selves[0], ord, dtype=dtype)]
+
+
+def _unscale(function: Any, selves: list, found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> Any:
+    """GradScaler's check and unscaling: a finite norm says that all is finite, and then no byte is read."""
+    if not isinstance(selves[0], GradientHandle):
+        return NotImplemented
+    norm = selves[0]._gradients.norm_of(selves[0].gradient)
+    if norm is None or not bool(norm.isfinite()):
+        return NotImplemented
+    if inverse_scale.item() != 1.0:
+        selves[0].mul_(inverse_scale)
+    return None
 
 
 _ATEN = torch.ops.aten
@@ -156,4 +185,5 @@ _FAST: dict[Any, Callable] = {
     _ATEN._foreach_zero_: _foreach(torch.Tensor.zero_),
     _ATEN._foreach_mul_: _foreach(_foreach_scale),
     _ATEN._foreach_norm: _foreach_norm,
+    _ATEN._amp_foreach_non_finite_check_and_unscale_: _unscale,
 }

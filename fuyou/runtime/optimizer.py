@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -51,8 +52,10 @@ class Optimizer(torch.optim.Optimizer):
     """AdamW or Adam over a wrapped model: shares the passed optimizer's groups, so its schedulers go on working.
 
     `step` applies the gradients that `p.grad` shows, with the group's hyperparameters of that moment; the arithmetic is
-    torch's fused CPU kernel's, bit for bit. State is read lazily by `state`, and whole by `state_dict`.
+    torch's fused CPU kernel's, bit for bit; so is what a GradScaler asks of a fused optimizer. State is read lazily by `state`, and whole by `state_dict`.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler: scales arrive as `grad_scale` and `found_inf`
 
     def __init__(
         self,
@@ -88,7 +91,10 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._passed._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the passed optimizer looks here
+        if float(getattr(self, "found_inf", 0)):
+            return loss  # as the fused kernel: neither weights nor step counts move
         self._schedule.before_step()
+        self._unscale(getattr(self, "grad_scale", None))
         updates: dict[Member, MemberUpdate] = {}
         self._by_hand.clear()
         for group in self.param_groups:
@@ -103,6 +109,17 @@ class Optimizer(torch.optim.Optimizer):
             self._schedule.step(updates)
         self._by_hand.clear()
         return loss
+
+    def _unscale(self, scale: torch.Tensor | None) -> None:
+        """The fused kernel divides gradients by the scale, in place. By a power of two that is a multiplication."""
+        if scale is None:
+            return
+        value = float(scale.item())
+        exact = math.frexp(value)[0] == 0.5 and 2.0**-100 < value < 2.0**100
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and value != 1.0:
+                    parameter.grad.mul_(1 / value) if exact else parameter.grad.div_(value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._schedule.end_backward()  # left by an exception: what it put aside comes back before it is cleared

@@ -98,6 +98,7 @@ class Schedule:
         if torch._C._current_graph_task_id() == -1:
             self.end_backward()  # an earlier backward may have ended in an exception
         self._away.settle()
+        self._gradients.send_home()
         return self.block_forward(model, args, kwargs)
 
     def block_forward(self, block: BlockCalls, args: tuple, kwargs: dict) -> Any:

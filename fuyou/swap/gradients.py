@@ -24,10 +24,11 @@ class Gradient:
     `live` is a device tensor, charged, that holds the value while it is set; it is written home before it is next
     used. `zero`: the value is zero, whatever the bytes say. `norm` is torch.linalg.vector_norm of the whole, where it
     was computed while the gradient was on the device and nothing has scaled it since. `current`: the bytes at home
-    are this gradient's; a newer backward has taken them over otherwise, and `live` keeps the value.
+    are this gradient's; a newer backward has taken them over otherwise, and `live` keeps the value. `lent`: the user
+    has `live` itself, or a view of it, so it must stay; otherwise it goes home when its room is wanted.
     """
 
-    __slots__ = ("__weakref__", "charge", "current", "live", "member", "norm", "scales", "zero")
+    __slots__ = ("__weakref__", "charge", "current", "lent", "live", "member", "norm", "queued", "scales", "zero")
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -37,6 +38,8 @@ class Gradient:
         self.norm: torch.Tensor | None = None
         self.zero = False
         self.current = True
+        self.lent = False
+        self.queued = False  # among those that may be sent home
 
 
 class _Open:
@@ -69,6 +72,7 @@ class Gradients:
         self._present: weakref.WeakValueDictionary[Member, Gradient] = weakref.WeakValueDictionary()
         self._closing: dict[Chunk, Ticket] = {}  # CUDA: writes that wait for copies off the device
         self._copies: list[Ticket] = []  # CUDA: copies straight into host homes
+        self._changed: deque[weakref.ref[Gradient]] = deque()  # those with `live` that is not lent, oldest first
         self._leaving: deque[tuple[Ticket, int]] = deque()  # copies off the device, and the bytes charged for each
         self._outbound: Worker | None = None
         self._norms_wanted = True
@@ -120,9 +124,13 @@ class Gradients:
         self._norms_asked = True
         return gradient.norm if gradient.live is None and not gradient.scales and not gradient.zero else None
 
-    def materialise(self, gradient: Gradient) -> torch.Tensor:
-        """The value as a device tensor of the parameter's shape, charged; changes to it count from now on."""
+    def materialise(self, gradient: Gradient, *, lent: bool) -> torch.Tensor:
+        """The value as a device tensor of the parameter's shape, charged; changes to it count from now on.
+
+        `lent`: it is given to the user, and stays until the gradient is used up. Otherwise only until its room is wanted.
+        """
         with self._lock:
+            gradient.lent = gradient.lent or lent
             if gradient.live is None:
                 gradient.live = value = self._charged_value(gradient)
                 gradient.charge = weakref.finalize(
@@ -130,7 +138,16 @@ class Gradients:
                 )
                 gradient.zero, gradient.norm = False, None
                 gradient.scales.clear()
+                if not gradient.queued:
+                    gradient.queued = True
+                    self._changed.append(weakref.ref(gradient))
             return gradient.live
+
+    def send_home(self) -> None:
+        """Changed values that the user has no hold of go home, so that their room is there for weights."""
+        with self._lock:
+            while self._send_oldest_home():
+                pass
 
     @contextlib.contextmanager
     def borrowed(self, gradient: Gradient) -> Iterator[torch.Tensor]:
@@ -155,7 +172,7 @@ class Gradients:
         """Bring the bytes at home up to date with `live` or `zero`, and drop `live`. Scales stay a list."""
         with self._lock:
             if gradient.zero:
-                self.materialise(gradient)
+                self.materialise(gradient, lent=False)
             if gradient.live is None:
                 return
             if not gradient.current and gradient.member in self._present:
@@ -176,7 +193,7 @@ class Gradients:
     def save(self, gradient: Gradient) -> None:
         """The bytes at home are about to be another gradient's: keep this one's value on the device."""
         if gradient.current:
-            self.materialise(gradient)
+            self.materialise(gradient, lent=True)
             gradient.current = False
             self._present.pop(gradient.member, None)
 
@@ -197,7 +214,10 @@ class Gradients:
     def _charged_value(self, gradient: Gradient) -> torch.Tensor:
         member = gradient.member
         nbytes = member.entry.count * member.unit.dtype.itemsize
-        self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+        while not self._ledger.try_charge("device", "gradients", nbytes):
+            if not self._send_oldest_home():
+                self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+                break
         value = torch.zeros(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
         if not gradient.zero:
             flat = value.view(-1)
@@ -253,6 +273,8 @@ class Gradients:
         self._discharge_left()
         while not self._ledger.try_charge("device", "gradients", nbytes):
             if not self._leaving:
+                if self._send_oldest_home():
+                    continue
                 self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
                 return
             self._leaving[0][0].wait()
@@ -325,10 +347,26 @@ class Gradients:
         self._closing[chunk] = written
         self._writes.put(written, opened.staging)
 
+    def _send_oldest_home(self) -> bool:
+        """False where no changed value can go."""
+        for _ in range(len(self._changed)):
+            reference = self._changed.popleft()
+            gradient = reference()
+            if gradient is None:
+                continue
+            gradient.queued = gradient.live is not None and (gradient.lent or not gradient.current)
+            if gradient.queued:
+                self._changed.append(reference)
+            elif gradient.live is not None:
+                self.flush(gradient)
+                return True
+        return False
+
     def _drop_live(self, gradient: Gradient) -> None:
         if gradient.charge is not None:
             gradient.charge()
             gradient.live = gradient.charge = None
+            gradient.lent = False
 
 
 def _range_of(chunk: Chunk) -> Range:
