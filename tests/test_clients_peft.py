@@ -19,7 +19,7 @@ import fuyou
 peft = pytest.importorskip("peft")
 
 RAM = "240KiB"  # less than the frozen weights: they are streamed from NVMe
-STEPS, ACCUMULATION = 3, 2
+STEPS, ACCUMULATION, CLIP = 3, 2, 1e-3
 
 Look = Callable[[nn.Module, int], Any]
 
@@ -36,7 +36,8 @@ def loop(look: Look | None = None) -> clients.Script:
                 loss = side.model(input_ids=tokens, labels=tokens).loss / ACCUMULATION
                 loss.backward()
                 seen.append(loss.item())
-            seen.append(torch.nn.utils.clip_grad_norm_(side.model.parameters(), 0.5).item())
+            seen.append(torch.nn.utils.clip_grad_norm_(side.model.parameters(), CLIP).item())
+            assert seen[-1] > CLIP  # it bites
             if look is not None:
                 seen.append(look(side.model, step))
             side.optimizer.step()
@@ -183,13 +184,16 @@ def test_two_adapters_in_turns(tmp_path, nvme):
     clients.compare(loop(look), two_adapters, tmp_path, nvme, groups, ram=RAM)
 
 
-def test_adapters_made_after_wrap_cannot_join_its_optimizer(nvme):
-    model, optimizer, _ = clients.started(llama)
+def test_adapters_made_after_wrap_are_refused(tmp_path, nvme):
+    """By the optimizer that they would join, and by the first step that would train nothing."""
+    model, optimizer, scheduler = clients.started(llama)
     with clients.wrapped(model, optimizer, nvme) as run:
-        adapted = peft.get_peft_model(model, lora())
+        adapted = with_adapters(base=lambda: model)
         added = [each for each in adapted.parameters() if each.requires_grad]
         with pytest.raises(fuyou.FuyouError, match="before wrapping"):
             run.optimizer.add_param_group({"params": added})
+        with pytest.raises(fuyou.StateError, match="added to the model after fuyou.wrap"):
+            loop()(Side(adapted, run.optimizer, scheduler, tmp_path, run))
 
 
 def test_adapters_are_saved_as_plain_peft_saves_them(tmp_path, nvme):

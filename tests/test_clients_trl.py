@@ -9,10 +9,13 @@ import pytest
 import torch
 from clients import Side, chats, completions, llama, preferences, texts, tokenizer, with_adapters
 
+import fuyou
+
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 ADAPTERS = "240KiB"  # of host memory: less than the frozen weights
+CLIP = 0.1
 UNTIMED = ("runtime", "per_second")
 
 
@@ -28,17 +31,18 @@ def options_of(side: Side, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "output_dir": str(side.folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
-        "disable_tqdm": True, "seed": 7, "max_length": 64, **options,
+        "disable_tqdm": True, "seed": 7, "max_length": 64, "max_grad_norm": CLIP, **options,
     }  # fmt: skip
 
 
-def sft(side: Side, rows: list[dict[str, Any]], **options: Any) -> Any:
+def sft(side: Side, rows: list[dict[str, Any]], peft_config: Any = None, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     data = datasets.Dataset.from_list(rows)
     return SFTTrainer(
         model=side.model, args=SFTConfig(**options_of(side, options)), train_dataset=data,
         eval_dataset=data.select(range(4)), processing_class=tokenizer(), optimizers=(side.optimizer, side.scheduler),
+        peft_config=peft_config,
     )  # fmt: skip
 
 
@@ -54,6 +58,7 @@ def fine_tune(rows: list[dict[str, Any]], **options: Any) -> clients.Script:
 
 KINDS = {
     "text": (texts, {}),
+    "text, no checkpointing": (texts, {"gradient_checkpointing": False}),
     "text, packed": (texts, {"packing": True}),
     "text, bf16 autocast": (texts, {"bf16": True}),
     "text, evaluated": (texts, {"eval_strategy": "steps", "eval_steps": 1}),
@@ -62,7 +67,6 @@ KINDS = {
 }
 MORE_KINDS = {
     "text, packed and cut": (texts, {"packing": True, "packing_strategy": "wrapped"}),
-    "text, no checkpointing": (texts, {"gradient_checkpointing": False}),
     "text, reentrant": (texts, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     "text, selective checkpointing": (texts, {"gradient_checkpointing_kwargs": {"selective": True}}),
     "text, dynamic fine-tuning": (texts, {"loss_type": "dft"}),
@@ -75,7 +79,8 @@ def test_sft(kind, tmp_path, nvme):
     rows, options = {**KINDS, **MORE_KINDS}[kind]
     seen = clients.compare(fine_tune(rows(), **options), llama, tmp_path, nvme)
     assert {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate"} <= set(seen[0])
-    assert len([each for each in seen if "loss" in each]) == 3
+    steps = [each for each in seen if "loss" in each]
+    assert len(steps) == 3 and all(each["grad_norm"] > CLIP for each in steps)  # it does clip
 
 
 def test_masks_reach_the_loss(tmp_path):
@@ -145,3 +150,12 @@ def test_the_trainer_goes_on_after_close(nvme, tmp_path):
         trainer.train()
         inside = trainer.evaluate()["eval_loss"]
     assert trainer.evaluate()["eval_loss"] == inside
+
+
+def test_adapters_that_the_trainer_makes_are_refused(nvme, tmp_path):
+    """`peft_config=` puts adapters into a model that is wrapped already: its optimizer would train nothing."""
+    model, optimizer, scheduler = clients.started(llama)
+    with clients.wrapped(model, optimizer, nvme) as run:
+        side = Side(model, run.optimizer, scheduler, tmp_path, run)
+        with pytest.raises(fuyou.StateError, match="added to the model after fuyou.wrap"):
+            sft(side, texts(), peft_config=clients.lora()).train()
