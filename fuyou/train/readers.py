@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
 import gzip
 import json
@@ -161,27 +162,37 @@ def _skip(space: re.Pattern[str], text: str, place: int) -> int:
 
 
 def _table(path: Path, kind: str, separator: str) -> Iterator[Row]:
-    """Rows of a CSV or Parquet file, streamed by `datasets`: nothing is cached, no hub is asked. CSV fields are text."""
+    """Rows of a CSV or Parquet file, streamed by `datasets` a batch at a time. `IterableDataset.from_…` asks no network,
+    where `load_dataset` counts each use at the hub; what is cached goes into a folder that is removed."""
     datasets = _import_datasets(path)
-    # What is written as 007, NA or nothing in a CSV file is meant as that text, not as a number or a null.
-    options = {"sep": separator, "dtype": str, "keep_default_na": False} if kind == "csv" else {}
     number = 0
     with tempfile.TemporaryDirectory(prefix="fuyou-datasets-") as cache:
         try:
-            rows = datasets.load_dataset(
-                kind, data_files=glob.escape(str(path)), split="train", streaming=True, cache_dir=cache, **options
-            )
-            for number, row in enumerate(rows, 1):
+            options: dict[str, Any] = {"cache_dir": cache}
+            if kind == "csv":
+                # What is written as 007, NA or nothing is meant as that text, not as a number or a null.
+                text = datasets.Features({name: datasets.Value("string") for name in _header(path, separator)})
+                options |= {"sep": separator, "na_filter": False, "features": text}
+            read = getattr(datasets.IterableDataset, f"from_{kind}")
+            for number, row in enumerate(read(glob.escape(str(path)), **options), 1):
                 yield row, f"{path} row {number}"
-        except (ConfigError, DataError, GeneratorExit, KeyboardInterrupt):
+        except (ConfigError, DataError):
             raise
         except Exception as error:  # pandas, pyarrow and datasets share no base for what a file can do wrong
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()).rstrip(".")[:200]
             raise DataError(
-                f"{path} cannot be read as {kind.upper() if kind == 'csv' else 'Parquet'} after row {number} "
+                f"{path} cannot be read as {'CSV' if kind == 'csv' else 'Parquet'} after row {number} "
                 f"({type(cause).__name__}: {reason}): check the file, or convert it to .jsonl."
             ) from None
+
+
+def _header(path: Path, separator: str) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    if not any(names):
+        raise DataError(f"Data file {path} is empty: its first line must name the columns.")
+    return names
 
 
 def _import_datasets(path: Path) -> Any:
@@ -192,5 +203,9 @@ def _import_datasets(path: Path) -> Any:
             f"Data file {path} is read through `datasets`, which cannot be imported ({error}): "
             "pip install 'fuyou[data]', or convert the file to .jsonl."
         ) from None
-    datasets.utils.logging.disable_progress_bar()
+    if not hasattr(datasets.IterableDataset, "from_parquet"):
+        raise ConfigError(
+            f"Data file {path} is read through `datasets`, whose version {datasets.__version__} cannot stream files: "
+            "pip install --upgrade datasets."
+        )
     return datasets
