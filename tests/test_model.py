@@ -284,32 +284,33 @@ SCRIPT = """
 import sys
 from fuyou.train.model import load_model, load_tokenizer
 from fuyou.core.errors import ConfigError
-try:
-    load_tokenizer(sys.argv[1], 48)
-    print("loaded", sum(p.numel() for p in load_model(sys.argv[1], None)[0].parameters()))
-except ConfigError as error:
-    print("refused", error)
+for name in sys.argv[1:]:
+    try:
+        load_tokenizer(name, 48)
+        print("loaded", sum(p.numel() for p in load_model(name, None)[0].parameters()))
+    except ConfigError as error:
+        print("refused", error)
 """
 
 
-def from_hub(endpoint: str, cache: Path, name: str) -> str:
-    """What comes of loading `name`, in a process of its own: the hub's address is read on import."""
+def from_hub(endpoint: str, cache: Path, *names: str) -> list[str]:
+    """What comes of loading each of `names`, in a process of its own: the hub's address is read on import."""
     environment = {
         key: value for key, value in os.environ.items() if "OFFLINE" not in key and "proxy" not in key.lower()
     }
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", SCRIPT, *names], env=environment, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr
     assert "Retry" not in result.stderr  # a hub that does not answer is not asked again and again, for 23 s
-    return result.stdout.strip().splitlines()[-1]
+    return result.stdout.strip().splitlines()[-len(names) :]
 
 
 def test_the_hub_gives_a_model_and_its_cache_gives_it_again(hub, tmp_path, whole):
     expected = f"loaded {sum(tensor.numel() for tensor in load_file(whole / 'model.safetensors').values())}"
+    found, refused = from_hub(hub, tmp_path, "someone/small", "someone/else")
+    assert found == expected and "someone/else is no folder here, and the hub has no such model" in refused
     nowhere = "http://127.0.0.1:9"  # nobody listens there
-    assert from_hub(nowhere, tmp_path, "someone/small").startswith("refused Model someone/small is no folder here")
-    assert from_hub(hub, tmp_path, "someone/small") == expected
-    assert from_hub(nowhere, tmp_path, "someone/small") == expected
-    assert "someone/else is no folder here, and the hub has no such model" in from_hub(hub, tmp_path, "someone/else")
+    found, refused = from_hub(nowhere, tmp_path, "someone/small", "someone/else")
+    assert found == expected and "someone/else is no folder here, and neither the hub nor its cache" in refused

@@ -38,6 +38,22 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _targets(value: Any) -> Any:
+    """`all-linear`, or names; one name is a list of one (PEFT would read a string as a pattern)."""
+    if value is None or value == "all-linear":
+        return value
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("give a list of names, or all-linear")
+    return names
+
+
+def _packing(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "stream":
+        raise ValueError("it is true, false or stream")
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
@@ -52,7 +68,7 @@ class LoraSettings(BaseModel):
     r: Annotated[Integer, Field(ge=1)] = 16  # rank
     alpha: Annotated[Number, Field(gt=0)] = 32.0  # the adapter's output is scaled by alpha / r
     dropout: Share = 0.05  # on the adapter's input
-    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] | None = None  # null: peft's own
+    target_modules: Annotated[str | list[str] | None, BeforeValidator(_targets)] = None  # null: peft's own choice
     merge: bool = False  # export the whole model with the adapters added to its weights
 
 
@@ -84,7 +100,7 @@ class TrainConfig(BaseModel):
     batch_size: Annotated[Integer, Field(ge=1)] = 1  # rows a backward
     accumulation: Annotated[Integer, Field(ge=1)] = 1  # backwards a step
     sequence_length: Annotated[Integer, Field(ge=2)] = 512
-    packing: bool | Literal["stream"] = True
+    packing: Annotated[bool | Literal["stream"], BeforeValidator(_packing)] = True
     lora: LoraSettings | None = None  # null: all parameters are trained
 
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-5

@@ -4,6 +4,7 @@ output folder is made."""
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuyou.api import wrap
+from fuyou.api import Run, wrap
 from fuyou.core.errors import ConfigError
 from fuyou.report import Report
 from fuyou.tiers.store import check_folders
@@ -59,16 +60,7 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
         print(preview(model, optimizer, config, inputs.training))
         return
 
-    with wrap(
-        model,
-        optimizer,
-        nvme=config.nvme,
-        nvme_limit=config.nvme_limit,
-        ram=config.ram,
-        gpu=config.gpu,
-        device=config.device,
-        config=config.core(),
-    ) as run:
+    with wrapped(model, optimizer, config) as run:
         with opened_output(output, config) as metrics:
             seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
             result = train(run, config, inputs.training, inputs.held_out, metrics)
@@ -78,6 +70,25 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
         report.save(output / "report.json")
         print(report.table())
     print(summary(output, result))
+
+
+def wrapped(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Run:
+    """The run, with what it warns of and notes said a sentence a line."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run = wrap(
+            model,
+            optimizer,
+            nvme=config.nvme,
+            nvme_limit=config.nvme_limit,
+            ram=config.ram,
+            gpu=config.gpu,
+            device=config.device,
+            config=config.core(),
+        )
+    for line in dict.fromkeys([*run.report().dict()["notes"], *(str(each.message) for each in warned)]):
+        say(line)
+    return run
 
 
 def read_inputs(config: TrainConfig) -> Inputs:

@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -90,7 +91,7 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             problem = _not_finite(step, loss, norm)
             if not problem:
                 run.optimizer.step()
-            scheduler.step()
+            _advance(scheduler, stepped=not problem)
             run.optimizer.zero_grad()
 
             in_a_row = in_a_row + 1 if problem else 0
@@ -156,6 +157,14 @@ def _clip(run: Any, config: TrainConfig) -> float | None:
         return None  # the next loss tells
     gradients = [each.grad for each in run.model.parameters() if each.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def _advance(scheduler: LambdaLR, stepped: bool) -> None:
+    """The schedule follows the step's number. torch warns where the optimizer has not stepped before, as is meant here."""
+    with warnings.catch_warnings():
+        if not stepped:
+            warnings.simplefilter("ignore", UserWarning)
+        scheduler.step()
 
 
 def _not_finite(step: int, loss: float, norm: float | None) -> str:
