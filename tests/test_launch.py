@@ -34,20 +34,21 @@ SHOWS = """
     shown = {name: value for name, value in os.environ.items() if name.startswith(("FUYOU_", "OMP_", "MKL_"))}
     print(json.dumps({"argv": sys.argv, "environment": shown, "cores": sorted(os.sched_getaffinity(0))}))
 """
-# Counts the signals that reach it, says when it is ready, and ends 0.3 s after the first: time enough for a second.
+# Counts the signals that reach it, says when it is ready, and ends 0.6 s after the first: time enough for a second.
+# With a second argument it also counts those that it was started to ignore.
 COUNTS = """
     import json, os, signal, sys, time
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
     seen = []
     for name in names:
         number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN or sys.argv[2:]:
             signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
     print("ready", os.getpid(), flush=True)
     until = time.monotonic() + 30
     while not seen and time.monotonic() < until:
         time.sleep(0.01)
-    end = time.monotonic() + 0.3
+    end = time.monotonic() + 0.6
     while time.monotonic() < end:
         time.sleep(0.01)
     with open(sys.argv[1], "w") as file:
@@ -334,10 +335,23 @@ def test_a_signal_reaches_the_script_once(script, tmp_path, name):
         assert json.loads((tmp_path / "seen").read_text()) == [name] and not alive(pid)
 
 
+@contextlib.contextmanager
+def held_up(launcher: int) -> Iterator[None]:
+    """What the script gets meanwhile is not from the launcher; what the launcher passes on comes 0.2 s later. Two that
+    come at once would be one: a signal that is pending already is not counted again."""
+    os.kill(launcher, signal.SIGSTOP)
+    try:
+        yield
+        time.sleep(0.2)
+    finally:
+        os.kill(launcher, signal.SIGCONT)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_whole_group_reaches_the_script_once(script, tmp_path, name):
     with running(script(COUNTS), str(tmp_path / "seen")) as (launcher, _):
-        os.killpg(launcher.pid, getattr(signal, name))
+        with held_up(launcher.pid):
+            os.killpg(launcher.pid, getattr(signal, name))
         assert launcher.wait(30) == 7
         assert json.loads((tmp_path / "seen").read_text()) == [name]
 
@@ -353,14 +367,16 @@ def test_a_script_does_not_outlive_its_launcher(script, tmp_path):
         assert json.loads((tmp_path / "seen").read_text()) == ["SIGTERM"]
 
 
-def test_a_signal_that_was_ignored_stays_ignored(script, tmp_path):
-    """nohup fuyou launch …"""
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_signal_that_was_ignored_stays_ignored(script, tmp_path, listens):
+    """nohup fuyou launch …, and a script that leaves it at that, or has a handler of its own."""
 
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with running(script(COUNTS), str(tmp_path / "seen"), preexec_fn=ignore) as (launcher, pid):
-        for each in (launcher.pid, pid):
+    arguments = [str(tmp_path / "seen"), *(["all"] if listens else [])]
+    with running(script(COUNTS), *arguments, preexec_fn=ignore) as (launcher, pid):
+        for each in [launcher.pid] if listens else [launcher.pid, pid]:
             os.kill(each, signal.SIGHUP)
         time.sleep(0.2)
         os.kill(launcher.pid, signal.SIGUSR1)
@@ -368,8 +384,8 @@ def test_a_signal_that_was_ignored_stays_ignored(script, tmp_path):
         assert json.loads((tmp_path / "seen").read_text()) == ["SIGUSR1"]
 
 
-# A shell with job control, on a terminal of its own: it starts the launcher in a group of its own in the foreground,
-# says when that is stopped and how it ends, and continues it.
+# A shell on a terminal of its own: it starts the launcher in a group of its own in the foreground, and says how it ends.
+# With job control it says too when that is stopped, and continues it.
 SHELL = """
     import os, signal, sys
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
@@ -378,9 +394,10 @@ SHELL = """
         os.setpgid(0, 0)
         os.tcsetpgrp(0, os.getpid())
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-        os.execv(sys.argv[1], sys.argv[1:])
+        os.execv(sys.argv[2], sys.argv[2:])
+    print("job", job, flush=True)
     while True:
-        _, status = os.waitpid(job, os.WUNTRACED)
+        _, status = os.waitpid(job, os.WUNTRACED if sys.argv[1] == "jobs" else 0)
         if not os.WIFSTOPPED(status):
             break
         os.tcsetpgrp(0, os.getpgrp())
@@ -416,19 +433,39 @@ class Terminal:
         os.waitpid(self.pid, 0)
 
 
-def test_keys_at_a_terminal(script, tmp_path):
-    """Ctrl-Z stops launcher and script, so that the shell sees it; Ctrl-C after going on arrives once."""
-    terminal = Terminal(script(SHELL, "shell.py"), *command("--quiet", script(COUNTS), str(tmp_path / "seen")))
-    try:
-        pid = int(terminal.read_until(r"ready (\d+)\s"))
-        os.write(terminal.keys, b"\x1a")
-        terminal.read_until("(stopped)\\s+(continued)")
-        assert alive(pid) and not (tmp_path / "seen").exists()
-        os.write(terminal.keys, b"\x03")
-        assert terminal.read_until(r"status (-?\d+)\s") == "7"
-        assert json.loads((tmp_path / "seen").read_text()) == ["SIGINT"] and not alive(pid)
-    finally:
-        terminal.close()
+@pytest.fixture
+def terminal(script, tmp_path):
+    """terminal(kind): a shell with a launcher of COUNTS that is ready; its script's process is `.script`."""
+    opened = []
+
+    def start(kind: str) -> Terminal:
+        shell = script(SHELL, "shell.py")
+        opened.append(Terminal(shell, kind, *command("--quiet", script(COUNTS), str(tmp_path / "seen"))))
+        opened[0].script = int(opened[0].read_until(r"ready (\d+)\s"))
+        return opened[0]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_script_once(terminal, tmp_path):
+    at = terminal("plain")
+    with held_up(int(at.read_until(r"job (\d+)\s"))):
+        os.write(at.keys, b"\x03")
+    assert at.read_until(r"status (-?\d+)\s") == "7"
+    assert json.loads((tmp_path / "seen").read_text()) == ["SIGINT"] and not alive(at.script)
+
+
+def test_ctrl_z_at_a_terminal_stops_launcher_and_script(terminal, tmp_path):
+    """So that the shell sees it; and they go on together, with the keys still theirs."""
+    at = terminal("jobs")
+    os.write(at.keys, b"\x1a")
+    at.read_until(r"(stopped)\s+continued\s")
+    assert alive(at.script) and not (tmp_path / "seen").exists()
+    os.write(at.keys, b"\x03")
+    assert at.read_until(r"status (-?\d+)\s") == "7"
+    assert json.loads((tmp_path / "seen").read_text()) == ["SIGINT"] and not alive(at.script)
 
 
 # --- threads and cores ---------------------------------------------------------------------------------------------
