@@ -143,18 +143,18 @@ def test_clipping_and_accumulation_are_done(tmp_path):
     assert not any(torch.equal(a, b) for index, a in enumerate(weights) for b in weights[:index])
 
 
-def test_checkpoints_are_plain_ones_and_training_goes_on(tmp_path, nvme):
+def test_checkpoints_are_plain_ones_and_training_goes_on_from_them(tmp_path, nvme):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     def script(side: Side) -> Any:
-        keep = ModelCheckpoint(dirpath=side.folder, save_top_k=-1, save_last=True)
-        first = Module(side)
-        trainer_of(side, max_epochs=1, enable_checkpointing=True, callbacks=[keep], **CLIPPED).fit(
-            first, clients.loader()
-        )
-        saved = torch.load(side.folder / "last.ckpt", weights_only=False)
-        second = Module(side)
-        trainer_of(side, **CLIPPED).fit(second, clients.loader(), ckpt_path=str(side.folder / "last.ckpt"))
+        keep = ModelCheckpoint(dirpath=side.folder, save_top_k=-1, filename="{epoch}")
+        first, second = Module(side), Module(side)
+        trainer_of(side, enable_checkpointing=True, callbacks=[keep], **CLIPPED).fit(first, clients.loader())
+        saved = torch.load(side.folder / "epoch=0.ckpt", weights_only=False)
+        ahead = [each.detach().clone() for each in side.model.parameters()]
+        trainer_of(side, **CLIPPED).fit(second, clients.loader(), ckpt_path=str(side.folder / "epoch=0.ckpt"))
+        assert second.seen == first.seen[len(first.seen) // 2 :]  # back to the first epoch's end, and on
+        assert all(map(torch.equal, ahead, side.model.parameters()))
         return [first.seen, saved["state_dict"], saved["optimizer_states"], second.seen]
 
     clients.compare(script, llama, tmp_path, nvme)

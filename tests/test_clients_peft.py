@@ -85,10 +85,11 @@ def test_the_trainer_with_gradient_checkpointing(reentrant, tmp_path, nvme):
     }  # fmt: skip
 
     def script(side: Side) -> Any:
-        trainer = trainer_of(side, max_steps=2, **options)
+        trainer = trainer_of(side, max_steps=4, **options)
         trainer.train()
         again = trainer_of(side, max_steps=4, **options)
         again.train(resume_from_checkpoint=str(side.folder / "checkpoint-2"))
+        assert logs_of(again) == logs_of(trainer)  # back to the second step, and on
         return [logs_of(again), contents(side.folder / "checkpoint-2"), contents(side.folder / "checkpoint-4")]
 
     def build() -> nn.Module:
