@@ -100,6 +100,16 @@ def test_a_job_equals_a_plain_loop_with_peft(inputs, tmp_path, capsys, precision
     assert not (folder / "model.safetensors").exists()
 
 
+def test_packed_rows_reach_the_model_inside(inputs, tmp_path):
+    """Before its first step an adapter changes nothing: the held-out loss over packed rows is that of the plain model."""
+    settings = {**jobs.SETTINGS, "packing": True, "steps": 1, "warmup_steps": 0, "eval_every": None}
+    losses = []
+    for name, lora in (("full", None), ("lora", {})):
+        assert main(["train", str(jobs.write_job(inputs, tmp_path / name, **settings, lora=lora))]) == 0
+        losses.append(jobs.metrics_of(tmp_path / name)[1][0]["eval_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_merge_exports_the_whole_model(inputs, tmp_path, capsys):
     lora = {"r": 4, "target_modules": "all-linear", "merge": True}
     settings = {**jobs.SETTINGS, "steps": 2, "ram": "256KiB", "lora": lora}

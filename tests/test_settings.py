@@ -165,6 +165,15 @@ def test_lora_is_a_mapping_in_a_flat_file(tmp_path):
 def test_steps_and_epochs_exclude_each_other(tmp_path):
     with pytest.raises(ConfigError, match="steps=10 and epochs=2"):
         read_config(config_file(tmp_path, steps=10, epochs=2))
+    for settings in (["steps=10", "epochs=2"], ["epochs=2", "steps=10"]):
+        with pytest.raises(ConfigError, match="steps=10 and epochs=2"):
+            read_config(config_file(tmp_path), settings)
+    config = read_config(config_file(tmp_path, epochs=2), ["steps=10"])  # the command line goes over the file
+    assert (config.steps, config.epochs) == (10, None)
+    config = read_config(config_file(tmp_path, steps=10), ["epochs=2"])
+    assert (config.steps, config.epochs) == (None, 2)
+    with pytest.raises(ConfigError, match="steps=10 and epochs=2"):
+        read_config(config_file(tmp_path, steps=10, epochs=2), ["steps=null", "epochs=2", "steps=10"])
     with pytest.raises(ConfigError, match="warmup_steps=11 is more than steps=10"):
         read_config(config_file(tmp_path, steps=10, warmup_steps=11))
 

@@ -137,6 +137,9 @@ class TrainConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+_INSTEAD = {"steps": "epochs", "epochs": "steps"}
+
+
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
     """Defaults, overridden by the file, overridden by `key=value` strings. ConfigError names the key and the place."""
     values = _parse_file(Path(path))
@@ -149,6 +152,9 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             value = {**(held if isinstance(held, dict) else {}), inner: value}
             key = outer
         values[key], places[key] = value, "--set"
+        other = _INSTEAD.get(key)
+        if other is not None and value is not None and places.get(other) != "--set":
+            values.pop(other, None)  # one of two ways to say how long: the command line's, not the file's
     _refuse_unknown(values, TrainConfig, lambda key: places[key])
     if isinstance(values.get("lora"), dict):
         _refuse_unknown(values["lora"], LoraSettings, lambda key: f"{places['lora']}: lora")
