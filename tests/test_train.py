@@ -78,12 +78,12 @@ def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad
 
 
 def test_a_last_step_of_fewer_rows_equals_a_plain_loop(inputs, tmp_path, capsys):
-    """1.5 epochs of 7 documents, 4 a step: 4, 4 and 3 rows, the last in backwards of 2 and 1."""
+    """1.28 epochs of 7 documents, 4 a step: 9 rows, of which the last step has one, in one backward."""
     import transformers
 
     texts = [f"Document {number} says {'again ' * number}and ends." for number in range(7)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"data": str(tmp_path / "d.jsonl"), "packing": False, "steps": None, "epochs": 1.5, "warmup_steps": 0}
+    settings = {"data": str(tmp_path / "d.jsonl"), "packing": False, "steps": None, "epochs": 1.28, "warmup_steps": 0}
     status = main(job(inputs, tmp_path, **settings, eval_share=0, eval_every=None, schedule="constant"))
     assert status == 0, capsys.readouterr().err
 
@@ -96,9 +96,9 @@ def test_a_last_step_of_fewer_rows_equals_a_plain_loop(inputs, tmp_path, capsys)
     )  # fmt: skip
     tokens = [(tokenizer.encode(text) + [tokenizer.eos_token_id])[:48] for text in texts]
     order = [torch.randperm(7, generator=torch.Generator().manual_seed(5 + epoch)).tolist() for epoch in range(2)]
-    rows = order[0] + order[1][:4]
+    rows = order[0] + order[1][:2]
     expected = []
-    for some in ([rows[0:2], rows[2:4]], [rows[4:6], rows[6:8]], [rows[8:10], rows[10:11]]):
+    for some in ([rows[0:2], rows[2:4]], [rows[4:6], rows[6:8]], [rows[8:9]]):
         losses = []
         for batch in some:
             ids = torch.tensor([tokens[row] + [tokenizer.eos_token_id] * (48 - len(tokens[row])) for row in batch])
