@@ -27,7 +27,7 @@ from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
 from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
-from fuyou.runtime.optimizer import Optimizer, check_optimizer, read_state
+from fuyou.runtime.optimizer import Optimizer, check_optimizer
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers, nvme_limit_bytes
 from fuyou.swap.activations import HookStack, TensorBook
@@ -215,6 +215,7 @@ class Run:
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
             self._hand_back()
+            self.optimizer.state.close()
         except BaseException as error:
             self._away.refuse_from_now(f"The run could not give the weights back when it closed: {error}")
             raise
@@ -330,8 +331,8 @@ class Run:
         if isinstance(grad, GradientHandle):
             with self._gradients.borrowed(grad.gradient) as value:
                 grad = value.to(device, copy=True)
-        if with_state and member.step:
-            state = read_state(member, self._access)
+        if with_state and parameter in self.optimizer.state:
+            state = self.optimizer.state.leave(member)
             state.pop("master", None)
             self._passed.state[parameter] = {
                 kind: value if kind == "step" else value.to(device, dtype) for kind, value in state.items()

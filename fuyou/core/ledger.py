@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.sizes import format_bytes
@@ -29,9 +29,12 @@ class Ledger:
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)
         self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
+        self.relieve: Callable[[], None] = lambda: None  # called before the device's budget refuses: may discharge
 
     def charge(self, tier: str, category: str, nbytes: int, what: str = "") -> None:
         """Book `nbytes`, or raise BudgetError with the tier, the bytes needed and given, and who asked."""
+        if tier == "device" and not self._fits(tier, category, nbytes):
+            self.relieve()
         with self._lock:
             needed = self._total(tier, category, nbytes)
             if needed > self.budgets[tier]:
@@ -91,6 +94,10 @@ class Ledger:
                 }
                 for tier in TIERS
             }
+
+    def _fits(self, tier: str, category: str, nbytes: int) -> bool:
+        with self._lock:
+            return self._total(tier, category, nbytes) <= self.budgets[tier]
 
     def _total(self, tier: str, category: str = "activations", nbytes: int = 0) -> int:
         """What counts against the budget once `nbytes` more of `category` are held."""

@@ -6,13 +6,16 @@ expanded scalar: no bytes) and wears a subclass of its own class whose `__torch_
 the call, and an in-place change of it is written home. A use that records a graph (a weight read outside of its block, a
 penalty on weights) saves that copy, so backward sees the values that forward saw.
 
-A copy that somebody still refers to (`p.data`, `p.detach()`, a view, a graph) is a loan, charged to the device. Changes
-made to it are written home before the next forward, read or step; after a step it is stale, as the README says.
+A copy that somebody still refers to (`p.data`, `p.detach()`, a view, a graph) is a loan, charged to the device, and is
+what every further use of the parameter is given: tied weights share memory in a `state_dict()`, and who holds `p.data`
+sees what others do to it. Changes made to it are written home before the next forward, read or step; after a step it is
+stale, as the README says, and the next use is given another.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuyou.core.errors import StateError
+from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import format_bytes
 from fuyou.swap.activations import HookStack
 from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member, Unit
@@ -39,7 +43,7 @@ _METADATA = frozenset(
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
 
-@dataclass
+@dataclass(eq=False)
 class _Loan:
     """A copy that a caller or a graph may still refer to."""
 
@@ -57,6 +61,10 @@ class _Loan:
     def changed(self) -> bool:
         return not self.stale and (self.raw or self.versions != self.now())
 
+    @property
+    def nbytes(self) -> int:
+        return self.value.numel() * self.value.itemsize
+
     def now(self) -> tuple[int, int]:
         """Views made of the parameter share its version counter, detached ones share the copy's."""
         return self.value._version, self.member.parameter._version
@@ -70,8 +78,9 @@ class Away:
         self._hooks = hooks
         self._members: dict[int, Member] = {}  # by id of the parameter, which the member keeps alive
         self._classes: dict[type, type] = {}
-        self._loans: list[_Loan] = []
+        self._loans: list[_Loan] = []  # of a parameter at most one that is not stale
         self._closed = ""
+        ledger.relieve = self._relieve
 
     def start(self, swapper: Swapper, access: StateAccess) -> None:
         self._swapper = swapper
@@ -96,12 +105,15 @@ class Away:
         for member in unit.members:
             self._send(member)
 
-    def settle(self, *, stale: bool = False) -> None:
-        """Write home what was changed through loans; those that nobody refers to end. `stale`: an update follows."""
+    def settle(self, *, stale: bool = False, stale_of: Member | None = None) -> None:
+        """Write home what was changed through loans; those that nobody refers to end.
+
+        stale: an update follows. stale_of: other weights are about to be given to this member.
+        """
         loans, self._loans = self._loans, []
         for loan in loans:
             self._write_home(loan)
-            loan.stale = loan.stale or stale
+            loan.stale = loan.stale or stale or loan.member is stale_of
             if loan.referred_to:
                 self._loans.append(loan)
             else:
@@ -128,32 +140,40 @@ class Away:
                 return function(*args, **kwargs)
         if self._closed:
             raise StateError(self._closed)
+        if function.__name__.startswith("_fused_"):
+            raise StateError(
+                "torch.optim's fused update was called on parameters of a wrapped model, which run.optimizer updates: give "
+                "the loop or the client that optimizer (Trainer(optimizers=(run.optimizer, scheduler)), "
+                "accelerator.prepare(model, run.optimizer), configure_optimizers returning run.optimizer)."
+            )
         members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
         writes_data = attribute == "data" and function.__name__ == "__set__"
         if writes_data:
             return self._replace(members[0], args[1])
-        return self._on_copies(
-            members, function, args, kwargs, detached=attribute == "data" or function.__name__ == "detach"
-        )
+        return self._on_copies(members, function, args, kwargs, shows_data=attribute == "data")
 
     def copy_of(self, parameter: nn.Parameter) -> nn.Parameter:
         """An ordinary parameter with the same value (deepcopy, pickling)."""
+        if self._closed:
+            raise StateError(self._closed)
         member = self._members[id(parameter)]
+        self.settle()
         return member.original_class(self._read(member), requires_grad=parameter.requires_grad)
 
     def _on_copies(
-        self, members: list[Member], function: Callable, args: tuple, kwargs: dict, *, detached: bool
+        self, members: list[Member], function: Callable, args: tuple, kwargs: dict, *, shows_data: bool
     ) -> Any:
         self.settle()
         loans: list[_Loan] = []
         try:
             for member in members:
-                loan = _Loan(member, self._borrow(member), (0, 0), function.__name__ in _RAW)
+                loan = self._lend(member)
                 loans.append(loan)
+                loan.raw = loan.raw or function.__name__ in _RAW
                 member.parameter.__class__ = member.original_class
                 member.parameter.data = loan.value
                 loan.versions = loan.now()
-            if detached:  # `.data` hides changes from every version counter; `.detach()` is the same view and does not
+            if shows_data:  # hides changes from the parameter's version counter, not from ours
                 result = loans[0].value.detach()
             else:
                 with self._hooks.at_least_keeping():
@@ -163,7 +183,6 @@ class Away:
                 if loan.member.parameter.data.data_ptr() != loan.value.data_ptr():
                     loan.value.copy_(loan.member.parameter.data)  # the call itself rebound `.data`
                 self._send(loan.member)
-                self._loans.append(loan)
         self.settle()
         return result
 
@@ -177,21 +196,58 @@ class Away:
                 f"given {tuple(value.shape)} {value.dtype}: shapes and dtypes are fixed until run.close()."
             )
         self.settle()
+        if any(_is_all_of(loan.value, value) for loan in self._loans if loan.member is member and not loan.stale):
+            return  # `p.data = p.data`: home already
+        self.settle(stale_of=member)  # what was read before is the parameter's no more
         self._write(member, value.detach().contiguous().view(-1))
 
     def _read(self, member: Member) -> torch.Tensor:
-        value = torch.empty(member.entry.count, dtype=member.unit.dtype, device=member.unit.device)
+        with torch.inference_mode(False):  # whoever reads first, others may write
+            value = torch.empty(member.entry.count, dtype=member.unit.dtype, device=member.unit.device)
         self._swapper.read_member(member, value)
         return value.view(member.entry.shape)
 
-    def _borrow(self, member: Member) -> torch.Tensor:
+    def _lend(self, member: Member) -> _Loan:
+        """The loan that there is, else one of a copy that is read now."""
+        for loan in self._loans:
+            if loan.member is member and not loan.stale:
+                return loan
         nbytes = member.entry.count * member.unit.dtype.itemsize
-        self._ledger.charge("device", "weights", nbytes, f"reading {member.name}")
         try:
-            return self._read(member)
+            self._ledger.charge("device", "weights", nbytes)
+        except BudgetError as error:
+            raise self._refusal(member, nbytes, error) from None
+        try:
+            value = self._read(member)
         except BaseException:
             self._ledger.discharge("device", "weights", nbytes)
             raise
+        self._loans.append(_Loan(member, value, (0, 0), raw=False))
+        return self._loans[-1]
+
+    def _relieve(self) -> None:
+        """The device is short: end loans that only wait for Python's garbage collector, as the half of a `state_dict()`
+        that was refused does where a frame of the caller refers to itself."""
+        if not self._loans:
+            return
+        gc.collect()
+        kept = [loan for loan in self._loans if loan.referred_to or loan.changed]
+        ended = [loan for loan in self._loans if loan not in kept]
+        self._loans = kept
+        for loan in ended:
+            self._discharge(loan)
+
+    def _refusal(self, member: Member, nbytes: int, error: BudgetError) -> BudgetError:
+        lent = sum(loan.nbytes for loan in self._loans)
+        whole = sum(each.entry.count * each.unit.dtype.itemsize for each in self._members.values())
+        beside = f" while {format_bytes(lent)} of weights that were read before are still referred to" if lent else ""
+        return BudgetError(
+            f"Reading {member.name} ({format_bytes(nbytes)}){beside} passes gpu={format_bytes(error.given_bytes)} by "
+            f"{format_bytes(error.shortfall_bytes)} ({error.shortfall_bytes} bytes): model.state_dict() and the like need all "
+            f"weights at once ({format_bytes(whole)}). run.save_pretrained(folder) streams them; else let go of what was "
+            f"read before, or give gpu at least {error.needed_bytes} bytes.",
+            tier=error.tier, needed_bytes=error.needed_bytes, given_bytes=error.given_bytes,
+        )  # fmt: skip
 
     def _write_home(self, loan: _Loan) -> None:
         if loan.changed:
@@ -207,7 +263,7 @@ class Away:
             self._swapper.write_member(member, value)
 
     def _discharge(self, loan: _Loan) -> None:
-        self._ledger.discharge("device", "weights", loan.value.numel() * loan.value.itemsize)
+        self._ledger.discharge("device", "weights", loan.nbytes)
 
     def _send(self, member: Member) -> None:
         parameter, unit = member.parameter, member.unit
@@ -257,6 +313,12 @@ def _make_class(original: type, away: Away) -> type:
             "__reduce_ex__": reduce,
         },
     )
+
+
+def _is_all_of(value: torch.Tensor, other: torch.Tensor) -> bool:
+    """`other` is the very same memory."""
+    same_place = value.device == other.device and value.data_ptr() == other.data_ptr()
+    return same_place and value.stride() == other.stride()
 
 
 @functools.cache

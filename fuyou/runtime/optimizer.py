@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fuyou.core.errors import ConfigError, StateError
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.schedule import Schedule
+from fuyou.runtime.state import StateAttribute, StateView
 from fuyou.swap.adam import AdamHyper
 from fuyou.swap.gradients import Gradient, Gradients
 from fuyou.swap.optimizer_state import MemberUpdate, StateAccess
@@ -22,39 +23,15 @@ from fuyou.swap.unit import Member
 _REFUSED_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
-class StateView(Mapping):
-    """`optimizer.state`: parameter → {step, exp_avg, exp_avg_sq, and master in bf16}, read from the tiers when asked."""
-
-    def __init__(self, members: dict[int, Member], access: StateAccess, settle: Callable[[], None]) -> None:
-        self._members = members
-        self._access = access
-        self._settle = settle
-
-    def __getitem__(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        member = self._members.get(id(parameter))
-        if member is None or member.step == 0:
-            return {}  # as torch's: state begins with the first step
-        self._settle()
-        return read_state(member, self._access)
-
-    def __contains__(self, parameter: object) -> bool:
-        member = self._members.get(id(parameter))
-        return member is not None and member.step > 0
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (member.parameter for member in self._members.values() if member.step > 0)
-
-    def __len__(self) -> int:
-        return sum(member.step > 0 for member in self._members.values())
-
-
 class Optimizer(torch.optim.Optimizer):
     """AdamW or Adam over a wrapped model: shares the passed optimizer's groups, so its schedulers go on working.
 
     `step` applies the gradients that `p.grad` shows, with the group's hyperparameters of that moment; the arithmetic is
-    torch's fused CPU kernel's, bit for bit; so is what a GradScaler asks of a fused optimizer. State is read lazily by `state`, and whole by `state_dict`.
+    torch's fused CPU kernel's, bit for bit, and so is what it makes of a scaler's `grad_scale` and `found_inf`, as of any
+    fused optimizer. `state` and `state_dict` give handles: bytes are read where they are used.
     """
 
+    state = StateAttribute()
     _step_supports_amp_scaling = True  # torch.amp.GradScaler: scales arrive as `grad_scale` and `found_inf`
 
     def __init__(
@@ -80,7 +57,7 @@ class Optimizer(torch.optim.Optimizer):
         self._access = access
         self._enlisting = enlisting
         self._guard = guard
-        self.state = StateView(members, access, schedule.settle_weights)  # type: ignore[assignment]
+        self.state = StateView(members, access, schedule, self._member, guard)
         self._ready = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,7 +121,8 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: {"state": {index: {...}}, "param_groups": [...]}. The tensors are copies in host memory."""
+        """As torch's: {"state": {index: {...}}, "param_groups": [...]}. Reads nothing: its tensors are handles, which
+        show the state of now ([Note: state handles]) and are read one by one as they are used, copied or saved."""
         self._guard()
         groups, state, index = [], {}, 0
         for group in self.param_groups:
@@ -153,12 +131,13 @@ class Optimizer(torch.optim.Optimizer):
             groups.append(packed)
             for parameter in group["params"]:
                 if parameter in self.state:
-                    state[index] = self.state[parameter]
+                    state[index] = dict(self.state[parameter])
                 index += 1
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Groups are updated in place; moments and master are written as they are, never cast to the weights' dtype."""
+        """Groups are updated in place; moments and master are written as they are, never cast to the weights' dtype, and
+        what is there already (a handle of that very state) is left alone. A parameter without state given has none."""
         self._guard()
         groups = state_dict["param_groups"]
         sizes, given = [len(group["params"]) for group in self.param_groups], [len(group["params"]) for group in groups]
@@ -168,11 +147,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in groups for index in group["params"]]
+        states = [state_dict["state"].get(index, {}) for index in indices]
+        self.state.load(zip(parameters, states, strict=True))
         for mine, theirs in zip(self.param_groups, groups, strict=True):
             mine.update({key: value for key, value in theirs.items() if key != "params"})
-        for index, parameter in zip(indices, parameters, strict=True):
-            if index in state_dict["state"]:
-                write_state(self._member(parameter), state_dict["state"][index], self._access, self._schedule)
 
     def _member(self, parameter: torch.Tensor) -> Member:
         """The parameter's, with a home for its state."""
@@ -235,29 +213,6 @@ def refuse_flags(name: str, group: Mapping[str, Any]) -> None:
     for flag in _REFUSED_FLAGS:
         if group.get(flag):
             raise ConfigError(f"{name}({flag}=True) is not supported: pass {flag}=False.")
-
-
-def read_state(member: Member, access: StateAccess) -> dict[str, torch.Tensor]:
-    state = {"step": torch.tensor(float(member.step))}
-    for kind in ("exp_avg", "exp_avg_sq", *(["master"] if member.unit.split else [])):
-        state[kind] = access.read(member, kind)
-    return state
-
-
-def write_state(member: Member, state: Mapping[str, Any], access: StateAccess, schedule: Schedule) -> None:
-    """Set a parameter's step and moments, and in bf16 its master; ConfigError for another shape."""
-    values = {}
-    for kind in ("exp_avg", "exp_avg_sq", *(["master"] if member.unit.split else [])):
-        if kind in state:
-            value = state[kind]
-            if tuple(value.shape) != tuple(member.entry.shape):
-                raise ConfigError(
-                    f"load_state_dict: {kind} of {member.name} has shape {tuple(value.shape)}, not {tuple(member.entry.shape)}."
-                )
-            values[kind] = value
-    member.step = int(state.get("step", member.step))
-    if values:
-        schedule.replace_state(member, values, access)
 
 
 def _hyper(group: Mapping[str, Any], *, decoupled: bool) -> AdamHyper:

@@ -24,6 +24,7 @@ from fuyou.core.errors import StateError
 from fuyou.runtime.away import Away
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
+from fuyou.runtime.state_handle import StateHandle
 from fuyou.swap.activations import Autocast, Frame, HookStack, TensorBook
 from fuyou.swap.gradients import Gradients
 from fuyou.swap.optimizer_state import MemberUpdate, StateAccess, UpdateStream
@@ -152,7 +153,7 @@ class Schedule:
     # Backward --------------------------------------------------------------------------------------------------------
 
     def unit_of(self, tensor: torch.Tensor) -> Unit | None:
-        if tensor.layout is not torch.strided or isinstance(tensor, GradientHandle):
+        if tensor.layout is not torch.strided or isinstance(tensor, (GradientHandle, StateHandle)):
             return None
         return self._swapper.unit_of(tensor)
 
@@ -273,8 +274,9 @@ class Schedule:
         self._away.settle()
 
     def replace_state(self, member: Member, values: dict[str, torch.Tensor], access: StateAccess) -> None:
-        """Write optimizer state, and with a master the weights: nothing on the device or in a loan shows them any more."""
-        self.before_step()
+        """Write optimizer state, and with a master the weights: nothing on the device or in a loan shows these any more."""
+        self.end_backward()
+        self._away.settle(stale_of=member if "master" in values else None)
         self._swapper.invalidate(member.unit)
         access.write(member, values)
 

@@ -90,11 +90,26 @@ class HookStack:
         """Outside of every frame: save the value that a parameter has now, not the parameter, which goes away again."""
         if getattr(self._depth, "value", 0):
             return contextlib.nullcontext()
-        return self.entered(torch.Tensor.detach, _itself)
+        return self.entered(Kept, Kept.value)
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+class Kept:
+    """A tensor as it was saved; torch looks at versions only where no hook saves."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+
+    def value(self) -> torch.Tensor:
+        if self._tensor._version != self._version:
+            raise StateError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
+                f"shape {tuple(self._tensor.shape)} is at version {self._tensor._version}; expected version {self._version} "
+                "instead. Run backward before changing it, or compute the loss again."
+            )
+        return self._tensor
 
 
 class Held:

@@ -1,0 +1,278 @@
+"""Handles of the optimizer's state: tensors with shape, dtype and device, whose bytes stay in the tiers.
+
+[Note: state handles] A handle is a view of a record, and a record is one tensor of one parameter's state. Every use reads
+the record whole, into memory that lives as long as the operation; an in-place change is written home at once. As in
+plain PyTorch a handle shows the state of now, until what it stands for is replaced (`state[p] = …`, load_state_dict, the
+end of the run): then it keeps the value of before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fuyou.core.errors import StateError
+from fuyou.runtime.handle import GradientHandle
+from fuyou.swap.unit import Member
+
+if TYPE_CHECKING:
+    from fuyou.runtime.state import StateView
+
+# Calls that reach for memory directly. What they give keeps the memory alive, a bare address does not: _HELD.
+_RAW = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "share_memory_"})
+_HELD = frozenset({"data_ptr", "untyped_storage", "storage", "_typed_storage"})
+_SHAPE_ONLY = frozenset(
+    """zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full
+    new_empty_strided""".split()
+)
+
+
+class Record:
+    """One tensor of a parameter's state: "step" (), or "exp_avg", "exp_avg_sq", "master", of its shape; fp32, host.
+
+    `own`: its value, once it no longer is the optimizer's. `lost`: why it has none. `device` other than the host's: what
+    `.to(device)` gave, a copy that is made when it is used, which it can be until the state is changed.
+    """
+
+    def __init__(self, state: StateView, member: Member, kind: str, device: torch.device) -> None:
+        self.state = state
+        self.member = member
+        self.kind = kind
+        self.device = device
+        self.own: torch.Tensor | None = None
+        self.lost = ""
+        self.version = state.version(member)
+        self._raw: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(()) if self.kind == "step" else torch.Size(self.member.entry.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * 4
+
+    def is_state_of(self, state: StateView, member: Member, kind: str) -> bool:
+        """It shows what the optimizer has for this parameter now."""
+        mine = self.own is None and not self.lost and self.state is state and self.member is member
+        return mine and self.kind == kind and (not self.is_copy or self.version == state.version(member))
+
+    def read(self) -> torch.Tensor:
+        """The whole value: a new tensor, or the one that it owns."""
+        if self.own is not None:
+            return self.own
+        if self.lost:
+            raise StateError(self.lost)
+        if self.is_copy and self.version != self.state.version(self.member):
+            raise StateError(
+                f"{self.kind} of {self.member.name} was copied to {self.device} and not used before the optimizer changed "
+                "it; such a copy is made when it is first used: use it before the next step, or clone() it."
+            )
+        value = self.state.read(self.member, self.kind)
+        return value.to(self.device) if self.is_copy else value
+
+    def write(self, value: torch.Tensor) -> None:
+        """It was changed in place to `value`."""
+        if self.own is not None:
+            return  # which is what was changed
+        if self.is_copy:
+            self.own = value
+            return
+        if value.shape != self.shape or value.dtype != torch.float32:
+            raise StateError(
+                f"{self.kind} of {self.member.name} is {tuple(self.shape)} float32 and was made {tuple(value.shape)} "
+                f"{value.dtype}: shapes and dtypes of optimizer state are fixed until run.close()."
+            )
+        self.state.write(self.member, {self.kind: value})
+
+    def raw(self) -> torch.Tensor:
+        """The value in memory that stays until the state changes: for those who ask for its address."""
+        if self.own is not None:
+            return self.own
+        version = self.state.version(self.member)
+        if self._raw is None or self._raw[0] != version:
+            self._raw = (version, self.read())
+        return self._raw[1]
+
+
+class StateHandle(torch.Tensor):
+    """A tensor of the optimizer's state, or a view of one: no storage of its own, see [Note: state handles]."""
+
+    record: Record
+    path: tuple[tuple[Any, tuple, dict, int | None], ...]  # the views from the record to here
+
+    @staticmethod
+    def __new__(cls, record: Record, path: tuple = (), like: torch.Tensor | None = None) -> StateHandle:
+        like = torch.empty(record.shape, device="meta") if like is None else like
+        handle = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), storage_offset=like.storage_offset(),
+            dtype=like.dtype, device=record.device, requires_grad=False,
+        )  # fmt: skip
+        handle.record = record
+        handle.path = path
+        return handle
+
+    def __init__(self, record: Record, path: tuple = (), like: torch.Tensor | None = None) -> None:
+        pass
+
+    def plain(self, base: torch.Tensor | None = None) -> torch.Tensor:
+        """Its value in memory: the same view of the record's, which is read where it is not given."""
+        value = self.record.read() if base is None else base
+        for function, args, kwargs, index in self.path:
+            value = function(value, *args, **kwargs)
+            value = value if index is None else value[index]
+        return value
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.plain())
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        memo[id(self)] = self.plain().clone() if self.record.own is not None else self.plain()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        """Calls that reach for memory directly get a real tensor; all others are dispatched operation by operation."""
+        if any(not issubclass(each, (StateHandle, GradientHandle)) for each in types):
+            return NotImplemented  # a parameter that is away answers first, and calls again with its values
+        name, owner = getattr(function, "__name__", ""), getattr(getattr(function, "__self__", None), "__name__", "")
+        if name == "__set__" and owner == "data" and isinstance(args[0], StateHandle):
+            return _replace(args[0], args[1])
+        if name in _RAW or name in _HELD:
+            held = name in _HELD
+            args, kwargs = pytree.tree_map_only(
+                StateHandle, lambda each: each.plain(each.record.raw() if held else None), (args, kwargs or {})
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if name.startswith("_foreach_"):
+            lists = [each for each in args if isinstance(each, (list, tuple))]
+            if len(lists[0]) > 1:
+                return _one_by_one(function, len(lists[0]), args, kwargs)
+        first = args[0] if args and isinstance(args[0], StateHandle) else None
+        if first is not None:
+            if name in ("detach", "alias"):
+                return StateHandle(first.record, first.path, first._stand_in())
+            if name == "clone" and not first.path and first.record.own is None and not kwargs:
+                return first.record.read()
+            if name == "_to_copy":
+                moved = _moved(first, **kwargs)
+                if moved is not None:
+                    return moved
+            if name in _SHAPE_ONLY and not first.path:
+                return function(
+                    torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape), *args[1:], **kwargs
+                )
+            if _is_view(function):
+                return _view(function, first, args[1:], kwargs)
+        return _on_values(function, args, kwargs)
+
+    def _stand_in(self) -> torch.Tensor:
+        """Its shape, strides and offset, without bytes."""
+        return self.plain(torch.empty(self.record.shape, device="meta"))
+
+
+def _is_view(function: Any) -> bool:
+    arguments, returns = function._schema.arguments, function._schema.returns
+    changes = any(each.alias_info is not None and each.alias_info.is_write for each in arguments)
+    return not changes and any(each.alias_info is not None for each in returns)
+
+
+def _view(function: Any, handle: StateHandle, args: tuple, kwargs: dict) -> Any:
+    """A view is a handle too: it is read, and changed, through the whole tensor."""
+    result = function(handle._stand_in(), *args, **kwargs)
+    if isinstance(result, torch.Tensor):
+        return StateHandle(handle.record, (*handle.path, (function, args, kwargs, None)), result)
+    return [
+        StateHandle(handle.record, (*handle.path, (function, args, kwargs, index)), each)
+        for index, each in enumerate(result)
+    ]
+
+
+def _moved(
+    handle: StateHandle,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> StateHandle | None:
+    """`.to(device)` alone: a copy that is made when it is used (Accelerate moves state there and back)."""
+    record = handle.record
+    other = dtype not in (None, torch.float32) or layout not in (None, torch.strided) or pin_memory
+    if device is None or other or memory_format not in (None, torch.preserve_format):
+        return None
+    device = torch.device(device)
+    if device.type == "cpu" or handle.path or record.own is not None:
+        return None
+    return StateHandle(record.state.copy_record(record, device))
+
+
+def _one_by_one(function: Any, count: int, args: tuple, kwargs: dict) -> Any:
+    """A foreach, a tensor at a time: the same results, and memory of one."""
+
+    def at(value: Any, index: int) -> Any:
+        return [value[index]] if isinstance(value, (list, tuple)) and len(value) == count else value
+
+    results = [
+        function(*(at(each, index) for each in args), **{key: at(each, index) for key, each in kwargs.items()})
+        for index in range(count)
+    ]
+    return None if results[0] is None else [each[0] for each in results]
+
+
+def _on_values(function: Any, args: tuple, kwargs: dict) -> Any:
+    """Run an operation on the values; what it changed in place is written home."""
+    bases: dict[Record, torch.Tensor] = {}  # one value a record, however many of the arguments are views of it
+    handles: dict[int, tuple[torch.Tensor, StateHandle]] = {}
+
+    def value_of(handle: StateHandle) -> torch.Tensor:
+        if handle.record not in bases:
+            bases[handle.record] = handle.record.read()
+        value = handle.plain(bases[handle.record])
+        handles[id(value)] = (value, handle)
+        return value
+
+    real_args, real_kwargs = pytree.tree_map_only(StateHandle, value_of, (args, kwargs))
+    result = function(*real_args, **real_kwargs)
+    written = [
+        args[index] if index < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(function._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    changed = [each.record for each in pytree.tree_leaves(written) if isinstance(each, StateHandle)]
+    for record in dict.fromkeys(changed):
+        record.write(bases[record])
+    return pytree.tree_map_only(
+        torch.Tensor, lambda each: handles[id(each)][1] if id(each) in handles else each, result
+    )
+
+
+def _replace(handle: StateHandle, value: torch.Tensor) -> None:
+    """`handle.data = value`."""
+    if value.shape != handle.shape:
+        raise StateError(
+            f"{handle.record.kind} of {handle.record.member.name} has shape {tuple(handle.shape)} and its data was given "
+            f"{tuple(value.shape)}: shapes of optimizer state are fixed until run.close()."
+        )
+    if value is not handle:
+        handle.copy_(value)
