@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers", reason="chat templates are the tokenizer's")
@@ -222,6 +222,10 @@ TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "assi
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "mistral"])
 @settings(max_examples=40, deadline=None)
 @given(turns=TURNS)
+@example(turns=[("assistant", " ")])  # a token of nothing but a space
+@example(turns=[("system", ""), ("assistant", "")])  # nothing but an end
+@example(turns=[("assistant", "<|im_end|>")])  # what looks like the end is not
+@example(turns=[("user", "No."), ("assistant", "Yes."), ("assistant", "No.")])
 def test_any_conversation_is_labelled_as_by_hand(name, trims, turns):
     template, by_hand = TEMPLATES[name]
     tokenizer = wrapped(trained(), template, EOS.get(name, "</s>"), trims)

@@ -110,7 +110,7 @@ def test_a_bad_file_is_named(tmp_path):
         "empty.jsonl": "empty",
         "a.docx": "none of .txt",
         "folder.txt": "holds no file",
-        "missing.txt": "does not exist",
+        "missing.txt": "does not exist here",
     }.items():
         with pytest.raises(DataError, match=reason) as caught:
             read_documents([str(tmp_path / name)])

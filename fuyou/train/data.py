@@ -356,7 +356,7 @@ def _rows(
         cut_documents=pieces.cut,
         cut_tokens=pieces.cut_tokens,
         split_documents=pieces.split,
-        dropped_documents=0 if layout is Layout.STREAM else pieces.dropped,
+        dropped_documents=texts.unlearnt if layout is Layout.STREAM else pieces.dropped,
         longest_document=max(lengths),
         median_document=int(statistics.median(lengths)),
         host_bytes=flat_tokens.nbytes + flat_labels.nbytes + starts.nbytes + row_starts.nbytes,

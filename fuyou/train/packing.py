@@ -13,7 +13,7 @@ from typing import Any
 
 _MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 _STATES = {"create_recurrent_attention_mask"}  # of layers whose state runs through the whole row
-_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # flash attention finds documents in a batch of one row only
+_ATTENTION = (None, "eager", "sdpa")  # flash attention finds documents in a batch of one row only
 
 
 def best_fit(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
@@ -63,7 +63,7 @@ def allows_packing(model: Any) -> tuple[bool, str]:
     name = kind.__name__
     attention = getattr(model, "_attn_implementation", None)
     if attention not in _ATTENTION:
-        return False, f"{name} runs with {attention}, which keeps documents apart in batches of one row only"
+        return False, f"{name} runs with {attention}, which is not known to keep documents apart in every batch"
     for each in (model, getattr(model, "text_config", None)):
         if getattr(each, "is_causal", True) is False or getattr(each, "use_bidirectional_attention", None):
             return False, f"{name} attends to later tokens too"

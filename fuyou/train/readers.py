@@ -41,7 +41,7 @@ def data_files(paths: Sequence[str]) -> list[Path]:
                 raise DataError(f"No file matches the pattern {name}: check `data`.")
             files += [_known(match) for match in matches if match.is_file()]
         else:
-            raise DataError(f"Data file {name} does not exist: check `data`.")
+            raise DataError(f"Data file {name} does not exist here, and data is not fetched from a hub: check `data`.")
     return files
 
 
