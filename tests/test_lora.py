@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jobs
@@ -269,6 +272,31 @@ def test_merged_weights_have_the_bits_of_pefts_merge(tmp_path, nvme, family, dty
     theirs = tmp_path / "theirs"
     expected.save_pretrained(theirs)
     assert set(load_file(tmp_path / "merged/model.safetensors")) == set(load_file(theirs / "model.safetensors"))
+
+
+def test_merging_holds_a_few_pieces_of_the_model(tmp_path):
+    script = """
+import resource, sys, peft, torch
+from torch import nn
+from fuyou.checkpoint.pretrained import export_pretrained
+
+def adapted(size, count):
+    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(count)])
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=[str(each) for each in range(count)]))
+
+export_pretrained(sys.argv[1], adapted(64, 2), merge_adapters=True)
+large = adapted(2048, 12)  # 192 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export_pretrained(sys.argv[1], large, merge_adapters=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(fuyou.__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(result.stdout) < 40 << 10, f"{result.stdout.strip()} KiB more for 192 MiB"
+    assert (tmp_path / "model.safetensors").stat().st_size > 192 << 20
 
 
 @pytest.mark.parametrize("kind", ["dora", "modules to save", "embeddings", "bias", "ia3"])
