@@ -21,7 +21,9 @@ import torch
 
 import fuyou
 from fuyou.core.errors import ConfigError
+from fuyou.train.child import End
 from fuyou.train.cores import choose_cores, cores_of_pci_device, format_cores, parse_cores, physical_cores
+from fuyou.train.killed import explain
 from fuyou.train.limits import cpu_quota, killed_for_memory, read_memory
 
 GIB = 2**30
@@ -665,6 +667,47 @@ def test_a_real_death_for_want_of_memory_names_group_and_limit(script):
     assert f"The control group {folder} is limited to 200.00 MiB" in said and "ram=3GiB" in said
     held = float(re.search(r"It held ([\d.]+) MiB", said)[1])
     assert 100 < held <= 200
+
+
+def test_a_worker_killed_for_memory_is_told_of_too(script):
+    """The script itself lives on, and ends with a status of its own."""
+    path = script("""
+        import os, sys
+        worker = os.fork()
+        held = []
+        while worker == 0:
+            held.append(bytearray(2**20))
+        _, status = os.waitpid(worker, 0)
+        sys.exit(5 if os.WIFSIGNALED(status) else 0)
+    """)
+    with control_group("memory", {"memory.max": str(200 * 2**20)}) as folder:
+        done = launched(path, before=["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"])
+    assert done.returncode == 5
+    assert f"killed a process for memory in the control group {folder}" in paragraph(done)
+
+
+def test_the_words_for_want_of_memory(tmp_path):
+    """From files made as the kernel writes them, for machines where no real group can be made."""
+    root = made(tmp_path, V2)
+    before = read_memory(root)
+    made(root, {"sys/fs/cgroup/user.slice/memory.events": "oom 2\noom_kill 3\n"})
+    after, group = read_memory(root), f"{tmp_path}/sys/fs/cgroup/user.slice"
+    said = explain(End(-9, 6 * GIB), before, after, {"FUYOU_RAM": "9GiB", "FUYOU_NVME": "/mnt"}, None)
+    for words in (
+        "SIGKILL (signal 9; exit status 137)", f"counted the kill in the control group {group}", "It held 6.00 GiB",
+        "ram=9GiB, gpu left to fuyou.wrap, nvme_limit left to fuyou.wrap, nvme=/mnt",
+        f"{group} is limited to 8.00 GiB, 5.00 GiB in use now, 7.00 GiB at its highest",
+        "the machine has 64.00 GiB, 50.00 GiB of it free now", "lower --ram",
+    ):  # fmt: skip
+        assert words in said
+    assert "Most likely" not in said and "\n" not in said
+    assert "Most likely" in explain(End(-9, GIB), after, after, {}, None)
+    assert explain(End(1, GIB), after, after, {}, None) == explain(End(0, GIB), before, after, {}, None) == ""
+    assert "killed a process for memory" in explain(End(1, GIB), before, after, {}, None)
+    assert "/dev/shm has 64.00 MiB, 60.00 MiB of it in use" in explain(
+        End(-7, GIB), after, after, {}, (64 * 2**20, 4 * 2**20)
+    )
+    assert "there is no /dev/shm here" in explain(End(-7, GIB), after, after, {}, None)
 
 
 def test_a_real_quota_sets_the_threads(script):
