@@ -22,7 +22,14 @@ from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.plan.planner import Plan, make_plan
 from fuyou.report import Report
 from fuyou.runtime.away import Away
-from fuyou.runtime.build import STATE_SLOTS, Homes, make_units, name_optimizer_strangers, numbers_of
+from fuyou.runtime.build import (
+    STATE_SLOTS,
+    Homes,
+    make_units,
+    name_optimizer_strangers,
+    numbers_of,
+    refuse_compiled_around,
+)
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
@@ -108,6 +115,7 @@ class Run:
         self._pid = os.getpid()
         self._open = False
         blocks = find_blocks(model, config.blocks)
+        refuse_compiled_around(model, blocks)
         packed = make_units(model, passed, blocks, config.precision, device)
         numbers = [numbers_of(unit, named) for unit, named in packed]
         buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
@@ -238,7 +246,7 @@ class Run:
             limit_bytes=plan.slot_limit_bytes, buffer_bytes=plan.inbound_buffer_bytes,
             bind=self._away.bind, unbind=self._away.unbind,
         )  # fmt: skip
-        self._gradients = Gradients(tiers.link, tiers.ledger, tiers.writes)
+        self._gradients = Gradients(tiers.link, tiers.ledger, tiers.writes, self._swapper.drop_idle)
         self._access = StateAccess(tiers.kernels, tiers.writes)
         self._away.start(self._swapper, self._access)
         self._clock = StepClock()

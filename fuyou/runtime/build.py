@@ -34,6 +34,20 @@ def name_optimizer_strangers(model: nn.Module, optimizer: torch.optim.Optimizer)
                 )
 
 
+def refuse_compiled_around(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """ConfigError for compiled code around blocks, whose weights come and go inside of it. Compiled blocks are fine."""
+    within = {id(module) for block in blocks for module in block.module.modules()}
+    for name, module in model.named_modules():
+        if id(module) in within:
+            continue
+        if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule):
+            first = next((block.name for block in blocks if block.name), "")
+            raise ConfigError(
+                f"{name or 'The model'} is compiled as a whole, and the weights of its blocks ({first}, …) come and go inside: "
+                "wrap the model uncompiled and compile its blocks, as in `for layer in model.layers: layer.compile()`."
+            )
+
+
 def make_units(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -17,11 +17,12 @@ from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.swap.unit import Member, Unit
 
 _MARK = "_fuyou_wrapped"
+_PLACES = ("forward", "_compiled_call_impl")  # where a block's call is caught
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Some module of `model` carries a live run's forward, or (under a forward that was put over it) its parameters."""
-    if any(hasattr(vars(module).get("forward"), _MARK) for module in model.modules()):
+    if any(hasattr(vars(module).get(name), _MARK) for module in model.modules() for name in _PLACES):
         return True
     return any(type(parameter).__module__ == away.__name__ for parameter in model.parameters())
 
@@ -29,7 +30,8 @@ def is_wrapped(model: nn.Module) -> bool:
 class Installation:
     """What is installed, in full:
 
-    - on each block, and on the model itself: the instance attribute `forward`, which calls the original one;
+    - on each block, and on the model itself: the instance attribute `forward`, which calls the original one; on a block
+      that is compiled in place the attribute `_compiled_call_impl`, so that fetching stays outside of compiled code;
     - on each parameter that requires a gradient, now or later: a hook before its gradient is summed, and one after;
     - on the optimizer that was passed: the instance attribute `step`, which raises and names run.optimizer.
 
@@ -103,16 +105,17 @@ class Installation:
         del forward.__wrapped__
         forward.__signature__ = _signature_with_self(block.forward)
         setattr(forward, _MARK, True)
-        module, had = block.module, vars(block.module).get("forward")
-        ours = module.forward = types.MethodType(forward, module)
+        module, place = block.module, _PLACES[block.compiled]
+        had, ours = vars(module).get(place), types.MethodType(forward, module)
+        setattr(module, place, ours)
 
         def undo() -> None:
             removed.append(True)
-            if vars(module).get("forward") is not ours:
+            if vars(module).get(place) is not ours:
                 return
-            del module.forward
+            delattr(module, place)
             if had is not None:
-                module.forward = had
+                setattr(module, place, had)
 
         self._undo.append(undo)
 

@@ -40,7 +40,9 @@ class BlockCalls:
         self.index = index
         self.name = name
         self.module = module
-        self.forward = module.forward
+        # Compiled in place (module.compile()), its call is the compiled code; module hooks then run inside of it.
+        self.compiled = module._compiled_call_impl is not None
+        self.forward: Callable = module._compiled_call_impl if self.compiled else module.forward  # type: ignore[assignment]
         self.units = units
         self.has_children = any(True for _ in module.children())
         self.mutable_buffers: dict[str, bool] = {}
@@ -127,7 +129,8 @@ class Schedule:
         return result
 
     def _frame(self, block: BlockCalls) -> Frame:
-        recompute = self._recompute and block.index is not None
+        hooks_inside = block.compiled and (block.module._forward_hooks or block.module._forward_pre_hooks)
+        recompute = self._recompute and block.index is not None and not hooks_inside  # they must run once
         frame = Frame(
             block.name, block.module, block.forward, self, self._book, self._hooks, self._device,
             recompute=recompute, mutable_buffers=block.mutable_buffers,

@@ -208,6 +208,8 @@ class Frame:
             )
         return result
 
+    # Both are called in the middle of a compiled module's code, and Dynamo would go on to compile them too.
+    @torch.compiler.disable
     def pack(self, tensor: torch.Tensor) -> Any:
         unit = self._weights.unit_of(tensor)
         if unit is not None:
@@ -224,6 +226,7 @@ class Frame:
 
     # Backward --------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, Held):
             return packed.tensor

@@ -63,8 +63,9 @@ class Gradients:
     Called by one thread at a time: the autograd thread during backward, the training thread otherwise.
     """
 
-    def __init__(self, device: Device, ledger: Ledger, writes: WriteBehind) -> None:
+    def __init__(self, device: Device, ledger: Ledger, writes: WriteBehind, drop_idle: Callable[[], bool]) -> None:
         self._device = device
+        self._drop_idle = drop_idle  # weights that nobody uses make room for a gradient
         self._ledger = ledger
         self._writes = writes
         self._open: OrderedDict[Chunk, _Open] = OrderedDict()
@@ -215,7 +216,7 @@ class Gradients:
         member = gradient.member
         nbytes = member.entry.count * member.unit.dtype.itemsize
         while not self._ledger.try_charge("device", "gradients", nbytes):
-            if not self._send_oldest_home():
+            if not (self._send_oldest_home() or self._drop_idle()):
                 self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
                 break
         value = torch.zeros(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
@@ -273,7 +274,7 @@ class Gradients:
         self._discharge_left()
         while not self._ledger.try_charge("device", "gradients", nbytes):
             if not self._leaving:
-                if self._send_oldest_home():
+                if self._send_oldest_home() or self._drop_idle():
                     continue
                 self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
                 return

@@ -131,6 +131,14 @@ class Swapper:
                 unit.pinned = True
                 self._limit_bytes += unit.nbytes
 
+    def drop_idle(self) -> bool:
+        """Give back the device memory of one unit that nobody uses, for something other than weights; False: none can go."""
+        with self._lock:
+            victim = self._victim(needed=False)
+            if victim is not None:
+                self._drop(victim)
+            return victim is not None
+
     def drop_all(self) -> None:
         """Give back all device memory of units (closing)."""
         with self._lock:
