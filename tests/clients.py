@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import models
+import pytest
 import sides
 import torch
 from torch import nn
@@ -81,6 +82,11 @@ def compare(
         assert sides.same(found, seen), f"{name}: {sides._first_difference(found, seen)}"
         assert models.differing(model, values) == [], f"{name}, after close"
     return seen
+
+
+def slow_but(kept: Iterable[str], every: Iterable[str]) -> list[Any]:
+    """All of `every` as parameters, marked slow but for those in `kept`."""
+    return [each if each in set(kept) else pytest.param(each, marks=pytest.mark.slow) for each in every]
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import clients
 import models
+import psutil
 import pytest
 import torch
 from clients import Side, llama, with_adapters
@@ -88,7 +89,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    clients.slow_but(
+        ("accumulated and clipped", "a last step of one batch", "clipped by value", "bf16 autocast"), WAYS
+    ),
+)
 def test_the_documented_loop(way, tmp_path, nvme):
     clients.compare(loop(**WAYS[way]), llama, tmp_path, nvme)
 
@@ -142,6 +148,24 @@ def test_unwrapped_and_exported(tmp_path, nvme):
         return sorted(load_file(side.folder / "model.safetensors").items())
 
     clients.compare(loop(between=between), lambda: llama(tie_word_embeddings=False), tmp_path, nvme)
+
+
+# --- prepare moves nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_prepare_keeps_every_object(precision, nvme):
+    model, optimizer, scheduler = clients.started(llama)
+    values = models.values_of(model)
+    with clients.wrapped(model, optimizer, nvme) as run:
+        parameters, classes = list(model.parameters()), [type(each) for each in model.modules()]
+        written = psutil.Process().io_counters().write_bytes
+        prepared, stepping, _ = accelerator_of(precision).prepare(model, run.optimizer, scheduler)
+        assert psutil.Process().io_counters().write_bytes == written
+        assert prepared is model and stepping.optimizer is run.optimizer
+        assert [id(each) for each in prepared.parameters()] == [id(each) for each in parameters]
+        assert [type(each) for each in prepared.modules()] == classes
+        assert models.differing(model, values) == []
 
 
 def test_what_was_prepared_first_is_refused(nvme):

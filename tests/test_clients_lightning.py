@@ -113,21 +113,23 @@ def fit(kind: Callable[[Side], Module] = Module, **options: Any) -> clients.Scri
     return script
 
 
-SLOW = "with a summary and anomaly detection"
 WAYS: dict[str, clients.Script] = {
     "clipped and accumulated": fit(**CLIPPED),
     "clipped by value": fit(gradient_clip_val=1e-3, gradient_clip_algorithm="value", accumulate_grad_batches=2),
     "every batch a step": fit(),
     "a last step of one batch": fit(gradient_clip_val=0.5, accumulate_grad_batches=3),
     "validation in the middle": fit(val_check_interval=4, **CLIPPED),
-    SLOW: fit(enable_model_summary=True, detect_anomaly=True, **CLIPPED),
+    "with a summary and anomaly detection": fit(enable_model_summary=True, detect_anomaly=True, **CLIPPED),
     "manual optimization": fit(Manual),
     "closures": fit(Closures),
     "bf16 autocast": fit(precision="bf16-mixed", accumulate_grad_batches=2),  # plain refuses to clip with fused=True
 }
 
 
-@pytest.mark.parametrize("way", [pytest.param(each, marks=pytest.mark.slow) if each == SLOW else each for each in WAYS])
+QUICK = ("clipped and accumulated", "clipped by value", "manual optimization", "closures", "bf16 autocast")
+
+
+@pytest.mark.parametrize("way", clients.slow_but(QUICK, WAYS))
 def test_fit(way, tmp_path, nvme):
     clients.compare(WAYS[way], llama, tmp_path, nvme)
 
@@ -160,7 +162,7 @@ def test_checkpoints_are_plain_ones_and_training_goes_on_from_them(tmp_path, nvm
     clients.compare(script, llama, tmp_path, nvme)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_wrapped_in_configure_optimizers(whole, tmp_path, nvme):
     """Where Lightning wants the optimizer made: the network is wrapped there, or the LightningModule itself."""
 
@@ -191,7 +193,7 @@ def test_wrapped_in_configure_optimizers(whole, tmp_path, nvme):
     assert all(torch.equal(found[name], values[name]) for name in values)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_fabric(precision, tmp_path, nvme):
     def script(side: Side) -> Any:
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)

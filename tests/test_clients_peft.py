@@ -74,7 +74,7 @@ def test_gradient_checkpointing(reentrant, dora, tmp_path, nvme):
     clients.compare(loop(), build, tmp_path, nvme, ram=RAM)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_trainer_with_gradient_checkpointing(reentrant, tmp_path, nvme):
     """It also writes adapters, and goes on from them."""
     from test_trainer import contents, logs_of, trainer_of
@@ -116,7 +116,9 @@ METHODS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", clients.slow_but(("embedding and head", "a head trained whole", "IA3", "prompts"), METHODS)
+)
 def test_methods(method, tmp_path, nvme):
     clients.compare(
         loop(),

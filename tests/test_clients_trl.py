@@ -95,7 +95,7 @@ def test_a_head_of_its_own(tmp_path, nvme):
     clients.compare(fine_tune(texts()), lambda: llama(tie_word_embeddings=False), tmp_path, nvme)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [texts, chats])
 def test_sft_with_adapters(rows, reentrant, tmp_path, nvme):
     options = {"assistant_only_loss": rows is chats, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -138,6 +138,7 @@ def test_dpo_with_adapters(tmp_path, nvme):
     assert {"rewards/chosen", "rewards/margins"} <= set(seen[0])
 
 
+@pytest.mark.slow
 def test_dpo_in_full_with_the_reference_computed_first(tmp_path, nvme):
     clients.compare(direct_preferences(precompute_ref_log_probs=True), llama, tmp_path, nvme)
 

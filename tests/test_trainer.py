@@ -101,7 +101,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = ("checkpointing", "reentrant checkpointing", "bf16 autocast", "evaluation", "two workers")
+
+
+@pytest.mark.parametrize("option", clients.slow_but((*QUICK, "a last step of one micro-batch"), OPTIONS))
 def test_options(option, tmp_path, nvme):
     compare(train(**OPTIONS[option]), tmp_path, nvme)
 
@@ -176,8 +179,7 @@ def test_checkpoints_say_what_plain_pytorchs_say(tmp_path, nvme):
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(checkpoint["files"])
 
 
-@pytest.mark.parametrize("writer", ["plain", "fuyou"])
-@pytest.mark.parametrize("reader", ["plain", "fuyou"])
+@pytest.mark.parametrize("writer, reader", [("fuyou", "fuyou"), ("plain", "fuyou"), ("fuyou", "plain")])
 def test_resumed_training_is_uninterrupted_training(writer, reader, tmp_path, nvme):
     """A checkpoint of either side goes on, on either side, to the bits of training that was never stopped."""
     build = models.CASES["llama"].model
@@ -214,3 +216,30 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, nvme):
         return [logs_of(trainer), trainer.evaluate()["eval_loss"], sorted(os.listdir(side.folder))]
 
     compare(script, tmp_path, nvme)
+
+
+# --- what is refused, and what is tied ------------------------------------------------------------------------------
+
+
+def test_a_trainer_without_the_runs_optimizer_is_refused(tmp_path, nvme):
+    """Without `optimizers=`, the Trainer makes an optimizer of its own over the wrapped model's parameters."""
+    model, optimizer, _ = clients.started(models.CASES["llama"].model)
+    values = models.values_of(model)
+    with clients.wrapped(model, optimizer, nvme, ram="320KiB") as run:
+        trainer = trainer_of(Side(model, None, None, tmp_path, run))  # type: ignore[arg-type]
+        with pytest.raises(fuyou.StateError, match="run.optimizer"):
+            trainer.train()
+        assert models.differing(model, values) == []
+
+
+def test_tied_weights_are_written_once(tmp_path, nvme):
+    """As from plain PyTorch: a tied head is the embedding's tensor in state_dict(), so a checkpoint holds it once."""
+
+    def script(side: Side) -> Any:
+        trainer_of(side, max_steps=2, save_strategy="steps", save_steps=2).train()
+        state = side.model.state_dict()
+        shared = state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+        return [shared, contents(side.folder / "checkpoint-2")]
+
+    shared, _ = clients.compare(script, lambda: clients.llama(vocab_size=200), tmp_path, nvme)
+    assert shared
