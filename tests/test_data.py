@@ -184,6 +184,7 @@ def test_a_row_is_known_by_its_fields(tmp_path, name):
         ({"messages": [{"role": "user"}]}, "'content' is missing or null"),
         ({"messages": [{"role": "user", "content": 3}]}, "'content' is int"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "part of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "text": "a"}]}]}, "part of type 'audio'"),
         ({"messages": [says("user", "\ud800")]}, "surrogate"),
         ({"messages": [*CHAT], "tools": "["}, "`tools` is not JSON"),
         ({"messages": [*CHAT], "tools": ["f"]}, "`tools` is not a list of function schemas"),

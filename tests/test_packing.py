@@ -125,6 +125,8 @@ MIXING = {
                              "attn_layer_offset": 1, "mamba_d_state": 8},
     "Bamba": SMALL | KEYS | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4,
                              "attn_layer_indices": [1]},
+    "RecurrentGemma": SMALL | KEYS | {"lru_width": 32, "attention_window_size": 8, "conv1d_width": 4,
+                                      "block_types": ["recurrent", "attention"]},
     "Lfm2": SMALL | KEYS | {"layer_types": ["conv", "full_attention"]},
 }  # fmt: skip
 

@@ -165,7 +165,9 @@ def _table(path: Path, kind: str, separator: str) -> Iterator[Row]:
     """Rows of a CSV or Parquet file, streamed by `datasets` a batch at a time. `IterableDataset.from_…` asks no network,
     where `load_dataset` counts each use at the hub; what is cached goes into a folder that is removed."""
     datasets = _import_datasets(path)
-    number = 0
+    logging = datasets.utils.logging
+    level, number = logging.get_verbosity(), 0
+    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error below
     with tempfile.TemporaryDirectory(prefix="fuyou-datasets-") as cache:
         try:
             options: dict[str, Any] = {"cache_dir": cache}
@@ -185,6 +187,8 @@ def _table(path: Path, kind: str, separator: str) -> Iterator[Row]:
                 f"{path} cannot be read as {'CSV' if kind == 'csv' else 'Parquet'} after row {number} "
                 f"({type(cause).__name__}: {reason}): check the file, or convert it to .jsonl."
             ) from None
+        finally:
+            logging.set_verbosity(level)
 
 
 def _header(path: Path, separator: str) -> list[str]:
