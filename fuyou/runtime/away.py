@@ -213,10 +213,14 @@ class Away:
             if loan.member is member and not loan.stale:
                 return loan
         nbytes = member.entry.count * member.unit.dtype.itemsize
-        try:
-            self._ledger.charge("device", "weights", nbytes)
-        except BudgetError as error:
-            raise self._refusal(member, nbytes, error) from None
+        while not self._ledger.try_charge("device", "weights", nbytes):
+            if self._swapper.drop_idle():
+                continue
+            try:
+                self._ledger.charge("device", "weights", nbytes)
+                break
+            except BudgetError as error:
+                raise self._refusal(member, nbytes, error) from None
         try:
             value = self._read(member)
         except BaseException:

@@ -1,0 +1,164 @@
+"""What else goes on around a training loop: skipped steps, two runs at once, other threads, forked DataLoader workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import models
+import psutil
+import pytest
+import torch
+from sides import SIDES, Side, started
+from torch import nn
+from torch.nn import functional
+
+import fuyou
+
+MIB = 2**20
+
+
+def test_steps_are_skipped_and_gradients_dropped(compare):
+    def script(side: Side) -> Any:
+        seen: list[Any] = []
+        for number in range(6):
+            seen += side.backwards()
+            if number % 3 == 0:
+                seen += side.finish()
+            elif number % 3 == 1:
+                side.model.zero_grad() if number == 1 else side.optimizer.zero_grad(set_to_none=False)
+                side.scheduler.step()
+            # else: neither a step nor a zero_grad: it goes on accumulating
+        return seen + side.finish()
+
+    compare(script)
+
+
+def test_two_steps_on_one_gradient(compare):
+    def script(side: Side) -> Any:
+        seen: list[Any] = side.backwards()
+        side.optimizer.step()
+        side.optimizer.step()
+        return seen + side.finish() + side.steps(1)
+
+    compare(script)
+
+
+def adversaries() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return (
+        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)),
+        nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)),
+    )
+
+
+def play(made: nn.Module, judge: nn.Module, maker: Any, judging: Any) -> list[float]:
+    """A generative adversarial network: one run's backward goes on through the other run's model."""
+    seen = []
+    for step in range(4):
+        torch.manual_seed(step)
+        real, noise = torch.randn(12, 16), torch.randn(12, 8)
+        judging.zero_grad()
+        fake = made(noise)
+        loss = functional.softplus(-judge(real)).mean() + functional.softplus(judge(fake.detach())).mean()
+        loss.backward()
+        judging.step()
+        maker.zero_grad()
+        fooled = functional.softplus(-judge(fake)).mean()
+        fooled.backward()
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 0.1)
+        maker.step()
+        seen += [loss.item(), fooled.item()]
+    return seen
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_two_wrapped_models_at_once(tmp_path, activations):
+    made, judge = adversaries()
+    expected = play(made, judge, models.optimizer_of([{"params": made.parameters()}]),
+                    models.optimizer_of([{"params": judge.parameters()}]))  # fmt: skip
+    models_ = adversaries()
+    optimizers = [models.optimizer_of([{"params": each.parameters()}]) for each in models_]
+    options = {"ram": "320KiB", "gpu": "256MiB", "device": "cpu", "config": fuyou.Config(activations=activations)}
+    folders = [tmp_path / "made", tmp_path / "judge"]
+    for each in folders:
+        each.mkdir()
+    with (
+        fuyou.wrap(models_[0], optimizers[0], folders[0], **options) as first,
+        fuyou.wrap(models_[1], optimizers[1], folders[1], **options) as second,
+    ):
+        assert play(*models_, first.optimizer, second.optimizer) == expected
+    for plain, ours in zip((made, judge), models_, strict=True):
+        assert models.differing(ours, models.values_of(plain)) == []
+
+
+@pytest.mark.parametrize("place", SIDES)
+def test_training_from_another_thread(place, nvme):
+    case, oracle, optimizer, scheduler = started("gpt")
+    expected = Side(case, oracle, optimizer, scheduler).steps(4)
+    case, model, optimizer, scheduler = started("gpt")
+    options: dict[str, Any] = {"nvme": nvme, **SIDES[place]}
+    config = fuyou.Config(activations=options.pop("activations"))
+    seen: list[float] = []
+    with fuyou.wrap(model, optimizer, **options, gpu="1GiB", device="cpu", config=config) as run:
+        side = Side(case, model, run.optimizer, scheduler)
+        seen += side.steps(1)  # one step here, two there, the last here again
+
+        def work() -> None:
+            seen.extend(side.steps(2))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        seen += side.steps(1)
+    assert seen == expected
+    assert models.differing(model, models.values_of(oracle)) == []
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(256, generator=torch.Generator().manual_seed(index))
+
+
+def proportional_bytes(process: psutil.Process) -> int:
+    """PSS: memory shared with other processes is counted in parts, so that a sum over processes counts it once."""
+    return process.memory_full_info().pss
+
+
+def test_forked_dataloader_workers_do_not_hold_the_budgets_again(tmp_path):
+    """Peak memory over all processes: a worker holds its own heap, and no copy of arena, slots or state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Linear(256, 256) for _ in range(64)], nn.Linear(256, 1)
+    )  # 17 MB of weights, 51 MB of state
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    with fuyou.wrap(model, optimizer, None, ram="96MiB", gpu="160MiB", device="cpu") as run:
+        parent = psutil.Process()
+        loader = torch.utils.data.DataLoader(Rows(), batch_size=16, num_workers=2, persistent_workers=True)
+        run.model(torch.zeros(2, 256)).sum().backward()
+        run.optimizer.step()  # everything is touched once
+        alone, highest, alike = proportional_bytes(parent), 0, []
+        for _ in range(4):
+            for batch in loader:
+                run.model(batch).square().mean().backward()
+                run.optimizer.step()  # every page of weights and state is written again while the workers live
+                run.optimizer.zero_grad()
+            family = [parent, *parent.children()]
+            highest = max(highest, sum(map(proportional_bytes, family)))
+            alike.append(len(family))
+        held = run.report().dict()["tiers"]
+        assert alike == [3, 3, 3, 3] and held["host"]["peak_bytes"] > 64 * MIB
+        # A worker writes to some of the interpreter's and torch's own pages; a copy of the arena would be 64 MiB more.
+        assert highest - alone < 2 * 30 * MIB
+        assert _not_inherited(parent.children()[0].pid, run)
+
+
+def _not_inherited(child: int, run: fuyou.Run) -> bool:
+    address = run._arena.address
+    ranges = [line.split()[0].split("-") for line in Path(f"/proc/{child}/maps").read_text().splitlines()]
+    return os.path.exists(f"/proc/{child}") and not any(int(a, 16) <= address < int(b, 16) for a, b in ranges)
