@@ -206,10 +206,10 @@ VISION = {
         **SIGHT, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 64,
     }, pixels),
-    **family("ForObjectDetection", "ConditionalDetr DabDetr Detr", DETECTION, large_pixels),
+    **family("ForObjectDetection", "ConditionalDetr DabDetr Detr", DETECTION, large_pixels, LENT),
     **family("ForObjectDetection", "DeformableDetr", {
         **DETECTION, "backbone_config": {**RESNET, "out_features": ["stage3", "stage4"]}, "num_feature_levels": 2,
-    }, large_pixels),
+    }, large_pixels, LENT),
     **family("ForObjectDetection", "Yolos", {**SIGHT, "image_size": [32, 32], "num_detection_tokens": 5}, pixels),
     **family("ForSemanticSegmentation", "DPT", {
         **SIGHT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 16, 16],

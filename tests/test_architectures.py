@@ -16,14 +16,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from architectures import TEXTS, Architecture
+from architectures import TEXTS, UNREPEATABLE, Architecture
 from architectures_media import CANNOT, MEDIA
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import fuyou
 
-ARCHITECTURES = {**TEXTS, **MEDIA}
+ARCHITECTURES = {**TEXTS, **MEDIA, **UNREPEATABLE}
 BY_DEFAULT = ("Albert", "Bart", "CLIP", "IBert", "Mamba", "MobileViT", "Wav2Vec2")  # the rest is slow, taken together
 CHECKPOINTED = ("Bert", "Llama", "Mixtral", "T5", "ViT", "Wav2Vec2", "Whisper")
 STEPS, ACCUMULATION, LR, CLIP = 4, 2, 1e-3, 1.0
@@ -146,7 +146,7 @@ def test_one_of_a_kind_as_plain_pytorch(name, activations, nvme):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in BY_DEFAULT])
+@pytest.mark.parametrize("name", [name for name in (*TEXTS, *MEDIA) if name not in BY_DEFAULT])
 def test_as_plain_pytorch(name, activations, nvme):
     check(name, nvme, activations)
 
@@ -167,6 +167,21 @@ def test_what_cannot_be_trained_still_cannot(name):
         pytest.skip(f"{package} is installed here: {name} may train")
     with pytest.raises(ImportError, match=package):
         loss_of(architecture.build(), architecture.batch(0)).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNREPEATABLE)
+def test_what_differs_from_itself(name, monkeypatch, nvme):
+    """Plain PyTorch twice, then the same with seeds that repeat: fuyou's are plain PyTorch's."""
+    first = plain(name)
+    plain.cache_clear()
+    assert differences(plain(name), first)
+    monkeypatch.setattr(torch, "seed", lambda: int(torch.randint(2**31, ())))
+    for activations in ("recompute", "keep"):
+        plain.cache_clear()
+        (nvme / activations).mkdir()
+        check(name, nvme / activations, activations)
+    plain.cache_clear()
 
 
 # --- that the architectures have the peculiarities they are there for --------------------------------------------------
