@@ -105,11 +105,16 @@ def test_a_job_equals_a_plain_loop_with_peft(inputs, tmp_path, capsys, precision
 
 def test_packed_rows_reach_the_model_inside(inputs, tmp_path):
     """Before its first step an adapter changes nothing: the held-out loss over packed rows is that of the plain model."""
-    settings = {**jobs.SETTINGS, "packing": True, "steps": 1, "warmup_steps": 0, "eval_every": None}
+    rows = [{"text": f"Note {number}: {'again and ' * (number % 4)}done."} for number in range(24)]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {**jobs.SETTINGS, "data": str(tmp_path / "short.jsonl"), "packing": True, "eval_share": 0.5}
     losses = []
     for name, lora in (("full", None), ("lora", {})):
-        assert main(["train", str(jobs.write_job(inputs, tmp_path / name, **settings, lora=lora))]) == 0
+        path = jobs.write_job(inputs, tmp_path / name, **{**settings, "steps": 2, "eval_every": None, "lora": lora})
+        assert main(["train", str(path)]) == 0
         losses.append(jobs.metrics_of(tmp_path / name)[1][0]["eval_loss"])
+        held_out = json.loads((tmp_path / name / "out" / "report.json").read_text())["data"]["held_out"]
+        assert held_out["documents"] == 12 > held_out["rows"]  # some rows do hold several
     assert losses[0] == losses[1]
 
 
