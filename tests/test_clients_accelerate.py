@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,19 +154,32 @@ def test_unwrapped_and_exported(tmp_path, nvme):
 # --- prepare moves nothing ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_prepare_keeps_every_object(precision, nvme):
-    model, optimizer, scheduler = clients.started(llama)
-    values = models.values_of(model)
-    with clients.wrapped(model, optimizer, nvme) as run:
+def wide() -> torch.nn.Module:
+    """36 MiB of weights."""
+    return llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("place", ["nvme", "ram"])
+def test_prepare_moves_nothing(place, nvme):
+    model, optimizer, scheduler = clients.started(wide)
+    weights = sum(each.numel() * 4 for each in model.parameters())
+    folder, budget = (nvme, {"ram": "24MiB"}) if place == "nvme" else (None, {"ram": "256MiB"})
+    with clients.wrapped(model, optimizer, folder, **budget) as run:
+        accelerator = accelerator_of("bf16")
         parameters, classes = list(model.parameters()), [type(each) for each in model.modules()]
-        written = psutil.Process().io_counters().write_bytes
-        prepared, stepping, _ = accelerator_of(precision).prepare(model, run.optimizer, scheduler)
-        assert psutil.Process().io_counters().write_bytes == written
+        before, io_before = run.report().dict()["tiers"], psutil.Process().io_counters()
+        gc.collect()
+        resident = psutil.Process().memory_info().rss
+        prepared, stepping, _ = accelerator.prepare(model, run.optimizer, scheduler)
+        grown = psutil.Process().memory_info().rss - resident
         assert prepared is model and stepping.optimizer is run.optimizer
         assert [id(each) for each in prepared.parameters()] == [id(each) for each in parameters]
         assert [type(each) for each in prepared.modules()] == classes
-        assert models.differing(model, values) == []
+        assert run.report().dict()["tiers"] == before
+        assert grown < weights / 4, f"prepare took {grown} bytes for {weights} bytes of weights"
+        io = psutil.Process().io_counters()
+        assert io.read_bytes - io_before.read_bytes < weights / 4
+        assert io.write_bytes - io_before.write_bytes < weights / 4
 
 
 def test_what_was_prepared_first_is_refused(nvme):

@@ -243,3 +243,24 @@ def test_tied_weights_are_written_once(tmp_path, nvme):
 
     shared, _ = clients.compare(script, lambda: clients.llama(vocab_size=200), tmp_path, nvme)
     assert shared
+
+
+def test_callbacks_that_read_every_weight_leave_none_held(tmp_path, nvme):
+    """Held at most: what a run without the callback holds, and the largest weight, however often all are read."""
+    from transformers import TrainerCallback
+
+    class Norms(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            assert all(each.detach().norm() > 0 for each in model.parameters())
+
+    def peak(callbacks: list[Any]) -> tuple[int, int]:
+        model, optimizer, scheduler = clients.started(models.CASES["llama"].model)
+        with clients.wrapped(model, optimizer, nvme, ram="320KiB") as run:
+            trainer_of(Side(model, run.optimizer, scheduler, tmp_path, run), callbacks=callbacks).train()
+            largest = max(each.numel() * each.itemsize for each in model.parameters())
+            weights = run.report().dict()["tiers"]["device"]
+            return weights["peak_bytes"] - weights["reserve_bytes"], largest
+
+    without, largest = peak([])
+    with_it, _ = peak([Norms(), Norms()])
+    assert with_it <= without + 2 * largest

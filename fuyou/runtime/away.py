@@ -38,7 +38,7 @@ _METADATA = frozenset(
     is_signed is_same_size get_device register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
     __hash__ __len__ is_shared is_pinned is_inference is_conj is_neg has_names _is_view dense_dim sparse_dim
     zeros_like empty_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
-    new_tensor new_empty_strided __dir__""".split()
+    new_tensor new_empty_strided __dir__ _has_compatible_shallow_copy_type""".split()
 )
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
@@ -138,6 +138,8 @@ class Away:
         if attribute and attribute not in _VALUE_PROPERTIES or not attribute and function.__name__ in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
+        if function.__name__ == "to" and _changes_nothing(args, kwargs):
+            return args[0]  # as torch's: the same tensor. Module.to does this to every parameter, wherever it is
         if self._closed:
             raise StateError(self._closed)
         if function.__name__.startswith("_fused_"):
@@ -202,10 +204,11 @@ class Away:
         self._write(member, value.detach().contiguous().view(-1))
 
     def _read(self, member: Member) -> torch.Tensor:
+        # The tensor itself, no view of one: a view keeps its base alive, which would count as somebody's reference.
         with torch.inference_mode(False):  # whoever reads first, others may write
-            value = torch.empty(member.entry.count, dtype=member.unit.dtype, device=member.unit.device)
-        self._swapper.read_member(member, value)
-        return value.view(member.entry.shape)
+            value = torch.empty(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
+            self._swapper.read_member(member, value.view(-1))
+        return value
 
     def _lend(self, member: Member) -> _Loan:
         """The loan that there is, else one of a copy that is read now."""
@@ -291,6 +294,24 @@ class Away:
         if original not in self._classes:
             self._classes[original] = _make_class(original, self)
         return self._classes[original]
+
+
+def _changes_nothing(args: tuple, kwargs: dict) -> bool:
+    """Whether `parameter.to(...)` asks for the device and dtype that it has."""
+    if kwargs.get("copy") or not isinstance(args[0], torch.Tensor):
+        return False
+    try:
+        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+    except (TypeError, RuntimeError):
+        return False  # a form of `to` that Module.to does not use
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return (
+        device in (None, args[0].device)
+        and dtype in (None, args[0].dtype)
+        and memory_format in (None, torch.preserve_format)
+    )
 
 
 def _make_class(original: type, away: Away) -> type:
