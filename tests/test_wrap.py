@@ -158,6 +158,57 @@ def test_buffers_and_parametrised_weights(compare, monkeypatch):
     compare(script, "norms")
 
 
+class Mixed(torch.autograd.Function):
+    """Saves an input, an output and a weight; keeps another weight as an attribute; has a second, integer result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = torch.tanh(x @ weight.t()) * scale
+        ctx.save_for_backward(x, weight, result)
+        ctx.scale = scale  # not through save_for_backward: no hook of anybody sees it
+        index = result.argmax(-1)
+        ctx.mark_non_differentiable(index)
+        return result, index
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, result = ctx.saved_tensors
+        tanh = result / ctx.scale
+        inner = grads[0] * ctx.scale * (1 - tanh.square())
+        flat, outer = inner.flatten(0, -2), (grads[0] * tanh).flatten(0, -2)
+        return inner @ weight, flat.t() @ x.flatten(0, -2), outer.sum(0)
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200, 32)
+        self.layers = nn.ModuleList(CustomLayer() for _ in range(3))
+        self.head = nn.Linear(32, 200)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+class CustomLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed, index = Mixed.apply(x, self.weight, self.scale)
+        return x + mixed + (index % 3).unsqueeze(-1) * 0.1
+
+
+def test_custom_autograd_functions(compare, monkeypatch):
+    monkeypatch.setitem(models.CASES, "custom", models.Case(Custom, models.CASES["llama"].batch))
+    compare(lambda side: side.steps(3), "custom")
+
+
 # --- errors in the user's loop ----------------------------------------------------------------------------------------
 
 
