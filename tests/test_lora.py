@@ -300,7 +300,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(result.stdout) < 40 << 10, f"{result.stdout.strip()} KiB more for 192 MiB"
+    assert int(result.stdout) < 64 << 10, f"{result.stdout.strip()} KiB more for 192 MiB"  # BLAS takes 30 of it
     assert (tmp_path / "model.safetensors").stat().st_size > 192 << 20
 
 
