@@ -40,6 +40,8 @@ _METADATA = frozenset(
     zeros_like empty_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
     new_tensor new_empty_strided __dir__ _has_compatible_shallow_copy_type""".split()
 )
+# Conversions, which change nothing where a parameter is what they ask for: Module.to, which every client calls.
+_CONVERSIONS = frozenset({"to", "cpu", "cuda", "float", "bfloat16", "half", "double", "contiguous"})
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
 
@@ -138,8 +140,6 @@ class Away:
         if attribute and attribute not in _VALUE_PROPERTIES or not attribute and function.__name__ in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        if function.__name__ == "to" and _changes_nothing(args, kwargs):
-            return args[0]  # as torch's: the same tensor. Module.to does this to every parameter, wherever it is
         if self._closed:
             raise StateError(self._closed)
         if function.__name__.startswith("_fused_"):
@@ -149,6 +149,10 @@ class Away:
                 "accelerator.prepare(model, run.optimizer), configure_optimizers returning run.optimizer)."
             )
         members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
+        if function.__name__ in _CONVERSIONS and args[0] is members[0].parameter and len(members) == 1:
+            like = members[0].unit.placeholder  # of its dtype and device
+            if "memory_format" not in kwargs and function(like, *args[1:], **kwargs) is like:
+                return args[0]
         writes_data = attribute == "data" and function.__name__ == "__set__"
         if writes_data:
             return self._replace(members[0], args[1])
@@ -207,7 +211,7 @@ class Away:
         # The tensor itself, no view of one: a view keeps its base alive, which would count as somebody's reference.
         with torch.inference_mode(False):  # whoever reads first, others may write
             value = torch.empty(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
-            self._swapper.read_member(member, value.view(-1))
+        self._swapper.read_member(member, value.view(-1))
         return value
 
     def _lend(self, member: Member) -> _Loan:
@@ -294,24 +298,6 @@ class Away:
         if original not in self._classes:
             self._classes[original] = _make_class(original, self)
         return self._classes[original]
-
-
-def _changes_nothing(args: tuple, kwargs: dict) -> bool:
-    """Whether `parameter.to(...)` asks for the device and dtype that it has."""
-    if kwargs.get("copy") or not isinstance(args[0], torch.Tensor):
-        return False
-    try:
-        kwargs = {name: value for name, value in kwargs.items() if name != "copy"}
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
-    except (TypeError, RuntimeError):
-        return False  # a form of `to` that Module.to does not use
-    if device is not None and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return (
-        device in (None, args[0].device)
-        and dtype in (None, args[0].dtype)
-        and memory_format in (None, torch.preserve_format)
-    )
 
 
 def _make_class(original: type, away: Away) -> type:

@@ -245,7 +245,7 @@ class StateView(MutableMapping):
                 f"The state given for {member.name} has {', '.join(map(str, values)) or 'nothing'} and lacks "
                 f"{', '.join(missing)}: it must be AdamW's or Adam's."
             )
-        for kind, value in values.items():
+        for kind, value in self._foreign(member, values).items() if whole else values.items():
             if kind == "step":
                 _count(value, member)
             elif kind in kinds_of(member):

@@ -1,13 +1,15 @@
 """Handles of the optimizer's state: tensors with shape, dtype and device, whose bytes stay in the tiers.
 
 [Note: state handles] A handle is a view of a record, and a record is one tensor of one parameter's state. Every use reads
-the record whole, into memory that lives as long as the operation; an in-place change is written home at once. As in
+the record whole, into memory that lives as long as the operation (or as the rows that it was taken apart into, or the
+handle whose address was asked for); an in-place change is written home at once. As in
 plain PyTorch a handle shows the state of now, until what it stands for is replaced (`state[p] = …`, load_state_dict, the
 end of the run): then it keeps the value of before.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,7 @@ class Record:
         self.own: torch.Tensor | None = None
         self.lost = ""
         self.version = state.version(member)
-        self._raw: tuple[tuple[int, int], torch.Tensor] | None = None
+        self._shared: tuple[tuple[int, int], weakref.ref[torch.Tensor]] | None = None  # read already, and still held
 
     @property
     def is_copy(self) -> bool:
@@ -75,8 +77,29 @@ class Record:
                 f"{self.kind} of {self.member.name} was copied to {self.device} and not used before the optimizer changed "
                 "it; such a copy is made when it is first used: use it before the next step, or clone() it."
             )
-        value = self.state.read(self.member, self.kind)
+        value = self._shared_value()
+        if value is None or self.kind == "master":  # which changes with the weights
+            value = self.state.read(self.member, self.kind)
         return value.to(self.device) if self.is_copy else value
+
+    def alone(self) -> torch.Tensor:
+        """The same, in memory that no other handle looks at; what it owns excepted."""
+        value = self.read()
+        return value.clone() if value is self._shared_value() else value
+
+    def share(self) -> torch.Tensor:
+        """The same, in one place for all who ask as long as one of them holds it."""
+        value, shared = self.read(), self._shared_value()
+        if self.own is not None or value is shared:
+            return value
+        if shared is not None:
+            return shared.copy_(value)
+        self._shared = (self.state.version(self.member), weakref.ref(value))
+        return value
+
+    def _shared_value(self) -> torch.Tensor | None:
+        current = self._shared is not None and self._shared[0] == self.state.version(self.member)
+        return self._shared[1]() if current and self._shared is not None else None
 
     def write(self, value: torch.Tensor) -> None:
         """It was changed in place to `value`."""
@@ -90,16 +113,10 @@ class Record:
                 f"{self.kind} of {self.member.name} is {tuple(self.shape)} float32 and was made {tuple(value.shape)} "
                 f"{value.dtype}: shapes and dtypes of optimizer state are fixed until run.close()."
             )
+        shared = self._shared_value()
         self.state.write(self.member, {self.kind: value})
-
-    def raw(self) -> torch.Tensor:
-        """The value in memory that stays until the state changes: for those who ask for its address."""
-        if self.own is not None:
-            return self.own
-        version = self.state.version(self.member)
-        if self._raw is None or self._raw[0] != version:
-            self._raw = (version, self.read())
-        return self._raw[1]
+        if shared is value:
+            self._shared = (self.state.version(self.member), weakref.ref(value))
 
 
 class StateHandle(torch.Tensor):
@@ -107,6 +124,8 @@ class StateHandle(torch.Tensor):
 
     record: Record
     path: tuple[tuple[Any, tuple, dict, int | None], ...]  # the views from the record to here
+    hold: list[torch.Tensor]  # the record's value, while all who share this list are there; most hold nothing
+    holds: bool
 
     @staticmethod
     def __new__(cls, record: Record, path: tuple = (), like: torch.Tensor | None = None) -> StateHandle:
@@ -117,6 +136,7 @@ class StateHandle(torch.Tensor):
         )  # fmt: skip
         handle.record = record
         handle.path = path
+        handle.hold, handle.holds = [], False
         return handle
 
     def __init__(self, record: Record, path: tuple = (), like: torch.Tensor | None = None) -> None:
@@ -124,17 +144,25 @@ class StateHandle(torch.Tensor):
 
     def plain(self, base: torch.Tensor | None = None) -> torch.Tensor:
         """Its value in memory: the same view of the record's, which is read where it is not given."""
-        value = self.record.read() if base is None else base
+        value = self.base() if base is None else base
         for function, args, kwargs, index in self.path:
             value = function(value, *args, **kwargs)
             value = value if index is None else value[index]
         return value
 
+    def base(self) -> torch.Tensor:
+        """The record's value."""
+        if not self.holds:
+            return self.record.read()
+        self.hold[:] = [self.record.share()]
+        return self.hold[0]
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.plain())
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
-        memo[id(self)] = self.plain().clone() if self.record.own is not None else self.plain()
+        value = self.plain(self.record.alone())
+        memo[id(self)] = value if self.record.own is None else value.clone()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -149,10 +177,8 @@ class StateHandle(torch.Tensor):
         if name == "__set__" and owner == "data" and isinstance(args[0], StateHandle):
             return _replace(args[0], args[1])
         if name in _RAW or name in _HELD:
-            held = name in _HELD
-            args, kwargs = pytree.tree_map_only(
-                StateHandle, lambda each: each.plain(each.record.raw() if held else None), (args, kwargs or {})
-            )
+            real = _held if name in _HELD else _alone
+            args, kwargs = pytree.tree_map_only(StateHandle, real, (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -169,9 +195,9 @@ class StateHandle(torch.Tensor):
         first = args[0] if args and isinstance(args[0], StateHandle) else None
         if first is not None:
             if name in ("detach", "alias"):
-                return StateHandle(first.record, first.path, first._stand_in())
+                return _of(first, first.path, first._stand_in())
             if name == "clone" and not first.path and first.record.own is None and not kwargs:
-                return first.record.read()
+                return first.record.alone()
             if name == "_to_copy":
                 moved = _moved(first, **kwargs)
                 if moved is not None:
@@ -199,11 +225,26 @@ def _view(function: Any, handle: StateHandle, args: tuple, kwargs: dict) -> Any:
     """A view is a handle too: it is read, and changed, through the whole tensor."""
     result = function(handle._stand_in(), *args, **kwargs)
     if isinstance(result, torch.Tensor):
-        return StateHandle(handle.record, (*handle.path, (function, args, kwargs, None)), result)
-    return [
-        StateHandle(handle.record, (*handle.path, (function, args, kwargs, index)), each)
-        for index, each in enumerate(result)
-    ]
+        return _of(handle, (*handle.path, (function, args, kwargs, None)), result)
+    parts = [_of(handle, (*handle.path, (function, args, kwargs, index)), each) for index, each in enumerate(result)]
+    for part in parts:  # rows, say, which are looked at one after the other: read once for all
+        part.hold, part.holds = (handle if handle.holds else parts[0]).hold, True
+    return parts
+
+
+def _of(handle: StateHandle, path: tuple, like: torch.Tensor) -> StateHandle:
+    view = StateHandle(handle.record, path, like)
+    view.hold, view.holds = handle.hold if handle.holds else view.hold, handle.holds
+    return view
+
+
+def _held(handle: StateHandle) -> torch.Tensor:
+    handle.holds = True
+    return handle.plain()
+
+
+def _alone(handle: StateHandle) -> torch.Tensor:
+    return handle.plain(handle.record.alone())
 
 
 def _moved(
@@ -247,7 +288,7 @@ def _on_values(function: Any, args: tuple, kwargs: dict) -> Any:
 
     def value_of(handle: StateHandle) -> torch.Tensor:
         if handle.record not in bases:
-            bases[handle.record] = handle.record.read()
+            bases[handle.record] = handle.base()
         value = handle.plain(bases[handle.record])
         handles[id(value)] = (value, handle)
         return value
