@@ -325,7 +325,7 @@ class Run:
         if not with_state:
             warnings.warn(
                 f"The optimizer's state ({format_bytes(state)}) does not fit into free memory beside the weights and is "
-                "dropped: take run.optimizer.state_dict() before closing where it is wanted.",
+                "dropped: torch.save(run.optimizer.state_dict(), file) before closing where it is wanted.",
                 stacklevel=4,
             )
         self._swapper.drop_all()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -586,3 +587,26 @@ def test_state_dict_reads_nothing(trained):
     assert wanted.nbytes <= once <= 3 * wanted.nbytes + (1 << 17)  # the chunks that it lies in: weights and state
     rows = [row.sum() for row in wanted[:50]]  # taken apart: read once for all rows
     assert len(rows) == 50 and traffic(run)[0] - before[0] == 2 * once
+
+
+def test_saving_state_takes_the_memory_of_one_tensor(nvme):
+    torch.manual_seed(0)
+    model = models.Gpt(width=256, layers=6, vocabulary=2000)
+    passed = models.optimizer_of(models.groups_of(model))
+    with fuyou.wrap(model, passed, nvme, ram="12MiB", gpu="1GiB", device="cpu") as run:
+        tokens = torch.randint(0, 2000, (1, 16))
+        models.loss_of(model, {"tokens": tokens, "labels": tokens}).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        state = run.optimizer.state_dict()
+        whole = sum(value.nbytes for each in state["state"].values() for value in each.values())
+        process, sizes = psutil.Process(), []
+
+        class Sink(io.BytesIO):
+            def write(self, data: Any) -> int:
+                sizes.append(process.memory_info().rss)
+                return len(data)
+
+        before = process.memory_info().rss
+        torch.save(state, Sink())
+        assert max(sizes) - before < whole / 2, (whole, max(sizes) - before)

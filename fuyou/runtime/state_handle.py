@@ -165,8 +165,15 @@ class StateHandle(torch.Tensor):
         memo[id(self)] = value if self.record.own is None else value.clone()
         return memo[id(self)]
 
+    def __copy__(self) -> torch.Tensor:
+        return self.detach()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+        """An ordinary tensor, whose bytes torch.save reads when it writes them: one tensor at a time."""
+        rebuild, args, *rest = self.plain(torch.empty(self.record.shape)).__reduce_ex__(protocol)
+        if rebuild is not torch._utils._rebuild_tensor_v2 or self.record.own is not None or self.record.is_copy:
+            return self.plain().__reduce_ex__(protocol)
+        return rebuild, (_late_storage(self.record), *args[1:]), *rest
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
@@ -213,6 +220,43 @@ class StateHandle(torch.Tensor):
     def _stand_in(self) -> torch.Tensor:
         """Its shape, strides and offset, without bytes."""
         return self.plain(torch.empty(self.record.shape, device="meta"))
+
+
+class _LateBytes:
+    """What torch.save asks of a storage that is not in the host's memory, until it takes it there to write it."""
+
+    class _Device:
+        type = "fuyou"  # neither the host's nor one whose bytes are left out
+
+    device = _Device()
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._cdata = id(self)
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def nbytes(self) -> int:
+        return self._record.nbytes
+
+    def cpu(self) -> torch.UntypedStorage:
+        return self._record.read().cpu().untyped_storage()
+
+
+class _LateStorage(torch.storage.TypedStorage):
+    """For torch.save; any other pickler gets the bytes at once."""
+
+    def __reduce__(self) -> Any:
+        return torch.storage.TypedStorage(
+            wrap_storage=self._untyped_storage.cpu(), dtype=torch.float32, _internal=True
+        ).__reduce__()
+
+
+def _late_storage(record: Record) -> torch.storage.TypedStorage:
+    storage = object.__new__(_LateStorage)
+    vars(storage).update(_untyped_storage=_LateBytes(record), dtype=torch.float32, _fake_device="cpu")
+    return storage
 
 
 def _is_view(function: Any) -> bool:
