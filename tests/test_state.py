@@ -431,22 +431,23 @@ def test_handles_that_do_not_fit_say_so(trained, monkeypatch):
 
 def test_a_forked_child_may_not_use_state(trained):
     run, side, _ = trained
-    handle = side.optimizer.state_dict()["state"][0]["exp_avg"]
+    handles = side.optimizer.state_dict()["state"][0]
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            handle[0].sum()
-            os.write(writer, b"read")
-        except fuyou.FuyouError as error:
-            os.write(writer, str(error).encode())
+            for each in handles.values():
+                try:
+                    each.sum()
+                except fuyou.FuyouError as error:
+                    os.write(writer, str(error).encode())
         finally:
             os._exit(0)
     os.waitpid(child, 0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        assert "forked child" in pipe.read()
-    assert handle.norm() > 0
+        assert pipe.read().count("forked child") == 3
+    assert handles["exp_avg"].norm() > 0
 
 
 # --- weights are lent once ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,17 +195,12 @@ class StateView(MutableMapping):
                 continue
             member = self._member_of(parameter)
             self._check(member, values, whole=True)
-            # Of another parameter of this run: taken before that one's state may be replaced too.
-            foreign = {
-                kind: value.plain() if isinstance(value, StateHandle) and value.record.state is self else value
-                for kind, value in self._foreign(member, values).items()
-            }
-            plan.append((member, values, foreign))
-        for member, values, foreign in plan:
-            if not values:
+            plan.append((member, values))
+        for member, values in plan:  # of each other too: a handle keeps the value of before its record is replaced
+            if values:
+                self.put(member, values, whole=True)
+            else:
                 self.reset(member)
-            elif foreign:
-                self.put(member, foreign, whole=False)
 
     def put(self, member: Member, values: Mapping[str, Any], *, whole: bool) -> None:
         """Replace tensors of a parameter's state, of which handles that are held keep the value of before."""
@@ -276,11 +271,14 @@ class StateView(MutableMapping):
         for record in [*self._records.values(), *self._copies]:
             self._keep(record)
 
-    def _let_go(self, member: Member, kinds: Iterable[str]) -> None:
+    def _let_go(self, member: Member, kinds: Collection[str]) -> None:
         for kind in kinds:
             record = self._records.pop((member, kind), None)
             if record is not None:
                 self._keep(record)
+        for copy in list(self._copies):
+            if copy.member is member and copy.kind in kinds:
+                self._keep(copy)
 
     def _keep(self, record: Record) -> None:
         if record.own is not None or record.is_copy and record.version != self.version(record.member):
