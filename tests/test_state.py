@@ -507,6 +507,40 @@ def test_weights_changed_under_a_graph(how, compare):
     assert ("refused" in [each for each in seen if isinstance(each, str)]) == (how in ("mul_", "view", "detach"))
 
 
+@pytest.mark.parametrize("how", ["mul_", "view", "detach", "nothing"])
+def test_weights_changed_between_forward_and_backward(how, compare):
+    def script(side: Side) -> Any:
+        seen: list[Any] = side.steps(1)
+        for name, each in side.named():
+            if each.dim() == 2 and "position" not in name:
+                loss = models.loss_of(side.model, side.case.batch(3))
+                with torch.no_grad():
+                    CHANGES[how](each)
+                try:
+                    loss.backward()
+                    seen.append((name, loss.item()))
+                except RuntimeError as error:
+                    assert "modified by an inplace operation" in str(error)
+                    seen.append(name)
+                side.optimizer.zero_grad()
+        return seen + side.steps(1)
+
+    refused = [each for each in compare(script) if isinstance(each, str)]
+    assert bool(refused) == (how != "nothing")
+
+
+def test_weights_read_before_moments_were_written_are_the_parameters_still(compare):
+    def script(side: Side) -> Any:
+        seen: list[Any] = side.steps(1)
+        held = [each.data for _, each in side.named()]
+        _each(lambda each: each.mul_(0.5))(side)
+        for each in held:
+            each.mul_(0.5)
+        return seen + [each.detach().clone() for _, each in side.named()] + side.steps(1)
+
+    compare(script)
+
+
 def test_deepcopy_knows_what_was_just_changed(compare):
     def script(side: Side) -> Any:
         seen: list[Any] = side.steps(1)

@@ -93,23 +93,32 @@ class HookStack:
         return self.entered(Kept, Kept.value)
 
 
-class Kept:
-    """A tensor as it was saved; torch looks at versions only where no hook saves."""
+class Version:
+    """How often a tensor had been changed in place when it was saved; torch looks at this only where no hook saves."""
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_alias", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor.detach()
+        self._alias = tensor.detach()  # the same counter
         self._version = tensor._version
 
-    def value(self) -> torch.Tensor:
-        if self._tensor._version != self._version:
+    def check(self) -> None:
+        if self._alias._version != self._version:
             raise StateError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
-                f"shape {tuple(self._tensor.shape)} is at version {self._tensor._version}; expected version {self._version} "
+                f"shape {tuple(self._alias.shape)} is at version {self._alias._version}; expected version {self._version} "
                 "instead. Run backward before changing it, or compute the loss again."
             )
-        return self._tensor
+
+
+class Kept(Version):
+    """A tensor as it was saved."""
+
+    __slots__ = ()
+
+    def value(self) -> torch.Tensor:
+        self.check()
+        return self._alias
 
 
 class Held:
@@ -130,12 +139,13 @@ class Held:
 class SavedWeight:
     """A view of a unit's storage, by its place."""
 
-    __slots__ = ("frame", "offset", "size", "stride", "unit")
+    __slots__ = ("frame", "offset", "size", "stride", "unit", "version")
 
     def __init__(self, frame: Frame, unit: Unit, tensor: torch.Tensor) -> None:
         self.frame = frame
         self.unit = unit
         self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self.version = Version(tensor)
 
 
 class SavedIndex:
@@ -231,6 +241,7 @@ class Frame:
         if isinstance(packed, Held):
             return packed.tensor
         if isinstance(packed, SavedWeight):
+            packed.version.check()
             flat = self._weights.resident_view(packed.unit, self)
             view = flat.as_strided(packed.size, packed.stride, packed.offset)
             # A graph of the backward itself (create_graph) may keep it longer than the weights stay.
