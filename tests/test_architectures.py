@@ -86,8 +86,9 @@ def built(name: str, reentrant: bool | None) -> nn.Module:
     return model
 
 
-def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None = None) -> Outcome:
-    """Within the smallest budgets; checks that weights came from NVMe and were never all on the device."""
+def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None = None, more: int = 0) -> Outcome:
+    """Within the smallest budgets (`more` bytes on the device); checks that weights came from NVMe and were never all on
+    the device."""
     model, architecture = built(name, reentrant), ARCHITECTURES[name]
     optimizer = optimizer_of(model)
     total = sum(each.numel() * each.itemsize for each in [*model.parameters(), *model.buffers()])
@@ -98,7 +99,7 @@ def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None
 
     with pytest.raises(fuyou.BudgetError) as short:
         wrap(ram=2**40, gpu=1)
-    gpu = short.value.needed_bytes + architecture.lent
+    gpu = short.value.needed_bytes + architecture.lent + more
     with pytest.raises(fuyou.BudgetError) as short:
         wrap(ram=1, gpu=gpu)
     most = 0
@@ -115,7 +116,7 @@ def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None
             hook.remove()
         traffic = run.report().dict()["traffic"]
         assert traffic["nvme_read_bytes_per_step"] > 0 and traffic["nvme_write_bytes_per_step"] > 0
-        assert 0 < most < total + architecture.lent, f"{most} of {total} bytes of weights were on the device at once"
+        assert 0 < most < total + architecture.lent + more, f"{most} of {total} bytes of weights were on the device at once"
     return outcome_of(model, seen)
 
 
@@ -129,9 +130,9 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
     return numbers[:3] + [name for name, value in found.values.items() if not torch.equal(value, expected.values[name])]
 
 
-def check(name: str, folder: Path, activations: str, reentrant: bool | None = None) -> None:
+def check(name: str, folder: Path, activations: str, reentrant: bool | None = None, more: int = 0) -> None:
     expected = plain(name, reentrant)
-    different = differences(with_fuyou(name, folder, activations, reentrant), expected)
+    different = differences(with_fuyou(name, folder, activations, reentrant, more), expected)
     if different:
         plain.cache_clear()
         again = differences(plain(name, reentrant), expected)
@@ -155,11 +156,15 @@ def test_as_plain_pytorch(name, activations, nvme):
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_with_gradient_checkpointing_of_transformers(name, reentrant, activations, nvme, request):
-    if name == "T5" and not reentrant:  # strict: says so when it is mended
-        reason = "the checkpoint inside a block keeps views of weights that another block's turn takes away"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    check(name, nvme, activations, reentrant)
+def test_with_gradient_checkpointing_of_transformers(name, reentrant, activations, nvme):
+    if name != "T5" or reentrant:
+        check(name, nvme, activations, reentrant)
+        return
+    # Its checkpoints stand inside of the blocks, and two blocks take turns in backward while torch holds views of both's
+    # weights: with room for one it is refused, never trained on memory that has gone.
+    with pytest.raises(fuyou.BudgetError, match="for (en|de)coder.block"):
+        check(name, nvme, activations, reentrant)
+    check(name, nvme, activations, reentrant, more=2**17)
 
 
 @pytest.mark.slow

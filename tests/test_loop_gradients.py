@@ -186,6 +186,29 @@ def test_all_gradients_are_changed_within_the_device_budget(nvme):
     assert models.differing(model, models.values_of(oracle)) == []
 
 
+@pytest.mark.timeout(60)  # what is tested here once waited for its deadline
+def test_gradients_that_were_read_give_their_staging_to_whoever_needs_it(nvme):
+    """In the smallest host memory: state is read, weights are exported and the run is closed with every gradient there."""
+    model, optimizer = (models.CASES["gpt"].model(), None)
+    optimizer = models.optimizer_of(models.groups_of(model))
+    with pytest.raises(fuyou.BudgetError) as short:
+        fuyou.wrap(model, optimizer, nvme, ram=1, gpu="1GiB", device="cpu")
+    with fuyou.wrap(model, optimizer, nvme, ram=short.value.needed_bytes, gpu="1GiB", device="cpu") as run:
+        models.loss_of(model, models.CASES["gpt"].batch(0)).backward()
+        run.optimizer.step()
+        models.loss_of(model, models.CASES["gpt"].batch(0)).backward()
+        expected = [each.grad.clone() for each in model.parameters()]
+        moments = [run.optimizer.state[each]["exp_avg"].clone() for each in model.parameters()]
+        norms = [each.grad.abs().sum().item() for each in model.parameters()]
+        run.save_pretrained(nvme / "exported")
+        assert norms == [each.abs().sum().item() for each in expected]
+    assert all(torch.equal(each.grad, value) for each, value in zip(model.parameters(), expected, strict=True))
+    assert all(
+        torch.equal(optimizer.state[each]["exp_avg"], value)
+        for each, value in zip(model.parameters(), moments, strict=True)
+    )
+
+
 @pytest.mark.parametrize("clip", [False, True], ids=["", "unscale_ and clip"])
 @pytest.mark.parametrize("scale", [2.0**16, 1000.0])
 def test_grad_scaler(compare, scale, clip):

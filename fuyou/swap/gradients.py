@@ -79,6 +79,7 @@ class Gradients:
         self._norms_wanted = True
         self._norms_asked = False
         self._lock = threading.RLock()
+        writes.reclaim = self._close_oldest
 
     def take(self, member: Member, new: torch.Tensor, old: Gradient | None) -> Gradient:
         """`new` (the parameter's shape and dtype, device), added to `old` where there is one, becomes the gradient.
@@ -318,13 +319,22 @@ class Gradients:
             closing.wait()
         gradient = _range_of(chunk)
         what = f"gradients of {chunk.unit.name}"
-        while (staging := self._writes.stage([gradient], what, wait=not self._open)) is None:
-            self._close(next(iter(self._open)))
+        staging = self._writes.stage([gradient], what)
+        if staging is None:
+            raise MemoryError(f"no staging for {what}")  # stage(wait=True) waits or raises
         members = {member for member, _, _ in chunk.parts}
         if gradient.written and any(member in self._present for member in members):
             staging.load().wait()
         opened = self._open[chunk] = _Open(staging, members)
         return opened
+
+    def _close_oldest(self) -> bool:
+        """A chunk that is open (for its other gradients, or because it was read) makes room for whoever needs it."""
+        with self._lock:
+            if self._open:
+                self._close(next(iter(self._open)))
+                return True
+            return False
 
     def _close(self, chunk: Chunk) -> None:
         """Start writing an open chunk home; its staging is given back when that is done."""

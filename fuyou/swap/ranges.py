@@ -6,7 +6,7 @@ Callers never ask where bytes live: a range on the host is used in place, one on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -96,10 +96,11 @@ class WriteBehind:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._pending: deque[tuple[Ticket, Staging]] = deque()
+        self.reclaim: Callable[[], bool] = lambda: False  # somebody's staging that can go home now is on its way there
 
     def stage(self, ranges: Sequence[Range], what: str, *, wait: bool = True) -> Staging | None:
-        """A staging for `ranges`. Without room: waits for the oldest write, or is None when there is none to wait for
-        and `wait` is False."""
+        """A staging for `ranges`. Without room: waits for the oldest write, reclaims, or is None when there is neither and
+        `wait` is False."""
         nbytes = sum(each.staging_bytes for each in ranges)
         if nbytes == 0:
             return Staging(ranges, None)
@@ -107,6 +108,8 @@ class WriteBehind:
         while (lease := self._arena.try_lease(nbytes, "staging")) is None:
             if self._pending:
                 self._retire_oldest()
+            elif self.reclaim():
+                continue
             elif wait:
                 lease = self._arena.lease(nbytes, "staging", what)
                 break

@@ -52,13 +52,16 @@ class Swapper:
         self._resident: OrderedDict[Unit, None] = OrderedDict()  # least recently used first
         self._resident_bytes = 0
         self._by_storage: dict[int, Unit] = {}
+        self._own_references: dict[Unit, int] = {}  # to a unit's storage, while its parameters are away
         # The worker's own: a fetch can then never wait for memory that its waiter holds.
         self._buffers = [arena.lease(buffer_bytes, "staging") for _ in range(BUFFERS)] if buffer_bytes else []
         self._buffer_copies: list[Ticket] = [DONE] * BUFFERS
 
     def adopt(self, unit: Unit) -> None:
         """Take charge of a packed unit."""
-        self._by_storage[unit.flat.untyped_storage()._cdata] = unit
+        storage = unit.flat.untyped_storage()._cdata
+        self._by_storage[storage] = unit
+        self._own_references[unit] = torch._C._storage_Use_Count(storage)
 
     def unit_of(self, tensor: torch.Tensor) -> Unit | None:
         """The unit whose storage `tensor` is a view of."""
@@ -152,6 +155,7 @@ class Swapper:
             buffer.release()
         self._buffers = []
         self._by_storage.clear()
+        self._own_references.clear()
 
     # Reading and writing single parameters, through the same worker and its buffers ---------------------------------
 
@@ -259,10 +263,17 @@ class Swapper:
                 ) from None  # fmt: skip
 
     def _victim(self, needed: bool) -> Unit | None:
-        idle = [unit for unit in self._resident if not unit.pinned and unit.users == 0]
+        idle = [unit for unit in self._resident if not unit.pinned and unit.users == 0 and not self._viewed(unit)]
         ready = [unit for unit in idle if unit.residency is Residency.READY]
         loading = [unit for unit in idle if unit.residency is Residency.LOADING]  # a hint that was wrong
         return next(iter(ready or (loading if needed else [])), None)
+
+    def _viewed(self, unit: Unit) -> bool:
+        """Somebody holds a view of the weights that we do not know of: torch's checkpoint inside of a block keeps what its
+        own recompute saved until backward has used it, and the turns of two blocks may alternate meanwhile."""
+        if unit.residency is not Residency.READY:
+            return False
+        return torch._C._storage_Use_Count(unit.flat.untyped_storage()._cdata) > self._own_references[unit]
 
     def _drop(self, unit: Unit) -> None:
         """→ ABSENT. The memory goes too, a pinned unit's excepted."""
