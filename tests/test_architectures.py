@@ -116,7 +116,9 @@ def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None
             hook.remove()
         traffic = run.report().dict()["traffic"]
         assert traffic["nvme_read_bytes_per_step"] > 0 and traffic["nvme_write_bytes_per_step"] > 0
-        assert 0 < most < total + architecture.lent + more, f"{most} of {total} bytes of weights were on the device at once"
+        assert 0 < most < total + architecture.lent + more, (
+            f"{most} of {total} bytes of weights were on the device at once"
+        )
     return outcome_of(model, seen)
 
 

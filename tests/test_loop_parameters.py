@@ -193,3 +193,25 @@ def test_bf16_masters_know_of_a_write_at_once(nvme):
             data = each.data
             data.fill_(17.0)
             assert bool((run.optimizer.state[each]["master"] == 17.0).all())
+
+
+@pytest.mark.parametrize("how", ["data", "step"])
+def test_weights_changed_behind_a_recompute_are_refused(how, nvme):
+    """Plain PyTorch differentiates what forward saw and says nothing; running the block again would see other weights."""
+    case, model, optimizer, _ = started("gpt")
+    with fuyou.wrap(
+        model, optimizer, nvme, ram="640KiB", gpu="1GiB", device="cpu", config=fuyou.Config(activations="recompute")
+    ) as run:
+        models.loss_of(model, case.batch(0)).backward()
+        loss = models.loss_of(model, case.batch(1))
+        if how == "step":
+            run.optimizer.step()
+        else:
+            model.layers[0].qkv.weight.data.mul_(2)
+        with pytest.raises(
+            fuyou.StateError, match="modified by an inplace operation between its forward and its backward.*keep"
+        ):
+            loss.backward()
+        run.optimizer.zero_grad()
+        models.loss_of(model, case.batch(1)).backward()
+        run.optimizer.step()

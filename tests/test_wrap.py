@@ -162,7 +162,9 @@ class Mixed(torch.autograd.Function):
     """Saves an input, an output and a weight; keeps another weight as an attribute; has a second, integer result."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         result = torch.tanh(x @ weight.t()) * scale
         ctx.save_for_backward(x, weight, result)
         ctx.scale = scale  # not through save_for_backward: no hook of anybody sees it

@@ -267,6 +267,7 @@ class Away:
 
     def _write(self, member: Member, value: torch.Tensor) -> None:
         """Make `value` ((numel,), the parameter's dtype) the parameter's, and its master's where that is split."""
+        member.unit.writes += 1
         if member.unit.split and member.optimized:
             self._swapper.invalidate(member.unit)
             self._access.write_copy(member, value)

@@ -181,6 +181,10 @@ class Schedule:
             self._prefetch("backward", block)
             self._gauge.sample()
 
+    def writes_of(self, frame: Frame) -> int:
+        """Grows with every change to the weights of the frame's block."""
+        return sum(unit.writes for unit in self._frames[frame].units)
+
     def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
         self.backward_of(frame)
         if not (self._current is not None and unit in self._current.units):
@@ -234,6 +238,8 @@ class Schedule:
     def _expect_end(self) -> None:
         task = torch._C._current_graph_task_id()
         if task not in self._tasks and task != -1:
+            if not self._tasks:
+                self._away.settle()  # what was changed since forward: backward sees it, as it would in plain PyTorch
             self._tasks.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
 
@@ -250,6 +256,7 @@ class Schedule:
         changed = [unit for unit in self._units if any(member in updates for member in unit.members)]
         for unit in changed:
             self._swapper.invalidate(unit)
+            unit.writes += 1
         try:
             self._updates.run((chunk for unit in changed for chunk in unit.chunks), updates)
         except BaseException as error:
@@ -281,6 +288,7 @@ class Schedule:
         self.end_backward()
         self._away.settle(stale_of=member if "master" in values else None)
         self._swapper.invalidate(member.unit)
+        member.unit.writes += "master" in values
         access.write(member, values)
 
     # Weights ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ class Weights(Protocol):
     def backward_of(self, frame: Frame) -> None:
         """Backward needs this frame's block: its weights are on the device on return, until another block's are."""
 
+    def writes_of(self, frame: Frame) -> int:
+        """Grows with every change to the weights of the frame's block."""
+
     def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
         """The unit's flat weights on the device, for a backward that is under way."""
 
@@ -96,17 +99,19 @@ class HookStack:
 class Version:
     """How often a tensor had been changed in place when it was saved; torch looks at this only where no hook saves."""
 
-    __slots__ = ("_alias", "_version")
+    __slots__ = ("_counter", "_shape", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._alias = tensor.detach()  # the same counter
+        self._counter = tensor.detach()  # has the same counter, and keeps it without the bytes
+        self._counter.data = tensor.new_empty(0)
+        self._shape = tuple(tensor.shape)
         self._version = tensor._version
 
     def check(self) -> None:
-        if self._alias._version != self._version:
+        if self._counter._version != self._version:
             raise StateError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
-                f"shape {tuple(self._alias.shape)} is at version {self._alias._version}; expected version {self._version} "
+                f"shape {self._shape} is at version {self._counter._version}; expected version {self._version} "
                 "instead. Run backward before changing it, or compute the loss again."
             )
 
@@ -114,11 +119,15 @@ class Version:
 class Kept(Version):
     """A tensor as it was saved."""
 
-    __slots__ = ()
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
+        self._tensor = tensor.detach()
 
     def value(self) -> torch.Tensor:
         self.check()
-        return self._alias
+        return self._tensor
 
 
 class Held:
@@ -199,6 +208,7 @@ class Frame:
         if not self._recompute:
             with self._hooks.entered(self.pack, self.unpack):
                 return self._forward(*args, **kwargs)
+        self._writes = self._weights.writes_of(self)
         self._args, self._kwargs = snapshot((args, kwargs), detach=True)
         versions = []
         for tensor in tensors_in((self._args, self._kwargs)):
@@ -260,6 +270,12 @@ class Frame:
         return held.tensor
 
     def _run_again(self) -> dict[int, Held]:
+        if self._weights.writes_of(self) != self._writes:
+            raise StateError(
+                f"The weights of block {self.name} were modified by an inplace operation between its forward and its "
+                "backward, which runs it again and would see other weights: run backward first, or wrap with "
+                "Config(activations='keep')."
+            )
         tensors: dict[int, Held] = {}
         count = 0
 

@@ -87,6 +87,7 @@ class Unit:
         self.chunks: list[Chunk] = []
         self.residency = Residency.ABSENT
         self.users = 0
+        self.writes = 0  # times that its weights have been changed, by updates and by the user
         self.pinned = not owners
         self.arrival: Ticket = DONE  # the job that reads and queues the copies
         self.copied: Ticket = DONE  # the last of those copies
