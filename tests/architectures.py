@@ -237,10 +237,10 @@ ENCODERS = {
     ),
     **masked("Albert Electra", embedding_size=16),
     **masked("RemBert", input_embedding_size=16, output_embedding_size=32),
-    **masked("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16, lent=LENT),
+    **masked("Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16),
     **masked(
         "DebertaV2", relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, conv_kernel_size=3,
-        norm_rel_ebd="layer_norm", share_att_key=True, lent=LENT,
+        norm_rel_ebd="layer_norm", share_att_key=True,
     ),
     **masked("DistilBert", dim=32, n_layers=3, n_heads=4, hidden_dim=64),
     **masked("Esm", mask_token_id=4, position_embedding_type="rotary"),
@@ -289,7 +289,7 @@ ENCODER_DECODERS = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2,
         "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
         "max_position_embeddings": 64, "num_buckets": 8, "relative_max_distance": 16,
-    }, lent=LENT),
+    }),
     **family("ForConditionalGeneration", "T5 MT5 UMT5", T5),
     **family("ForConditionalGeneration", "LongT5", {
         **T5, "local_radius": 4, "global_block_size": 4, "encoder_attention_type": "transient-global",
@@ -309,7 +309,7 @@ UNREPEATABLE = {
         "feed_forward_size": 64, "attn_layers": ["local", "lsh", "local"], "num_buckets": 2, "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16], "is_decoder": True,
         "max_position_embeddings": 64,
-    }, lent=2**20),  # its reversible backward runs the layers' parts, not the layers: each use of a weight is lent
+    }),
 }
 # fmt: on
 

@@ -206,7 +206,7 @@ VISION = {
         **SIGHT, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 64,
     }, pixels),
-    **family("ForObjectDetection", "ConditionalDetr DabDetr Detr", DETECTION, large_pixels, LENT),
+    **family("ForObjectDetection", "ConditionalDetr DabDetr Detr", DETECTION, large_pixels),
     **family("ForObjectDetection", "DeformableDetr", {
         **DETECTION, "backbone_config": {**RESNET, "out_features": ["stage3", "stage4"]}, "num_feature_levels": 2,
     }, large_pixels, LENT),
@@ -236,7 +236,7 @@ AUDIO = {
     **family("ForCTC", "SEW", {**SOUND, "squeeze_factor": 2}, heard("input_values", 640, high=32)),
     **family(
         "ForCTC", "SEWD", {**SOUND, "position_buckets": 8, "max_position_embeddings": 64},
-        heard("input_values", 640, high=32), LENT,
+        heard("input_values", 640, high=32),
     ),
     **family("ForCTC", "Wav2Vec2Bert", {
         **SOUND, "feature_projection_input_dim": 16, "conv_depthwise_kernel_size": 3, "left_max_position_embeddings": 8,
@@ -377,7 +377,7 @@ MULTIMODAL = {
     }, lambda index: {
         **unlabelled(index), "bbox": torch.zeros(2, 16, 4, dtype=torch.long), **pixels(index),
         "labels": ints(index, 2, 16, low=0, high=2),
-    }, LENT),
+    }),
 }
 # Not trained here: the class or its loss needs a package that the tests do not install. name → (package, architecture)
 CANNOT = {

@@ -11,6 +11,7 @@ from sides import Side, compare_bf16, started
 from torch import nn
 
 import fuyou
+from fuyou.runtime.handle import GradientHandle
 
 
 def freeze_all_but_the_head(model: nn.Module) -> None:
@@ -86,7 +87,11 @@ def test_a_frozen_parameter_in_the_optimizer_is_unfrozen(nvme):
         if run is not None:
             before = run.report().dict()["tiers"]["nvme"]["by_category"]["optimizer"]
         model.layers[0].requires_grad_(True)
-        seen += side.steps(2)
+        seen += side.backwards() + [each.grad.norm().item() for each in model.layers[0].parameters()]
+        if run is not None:  # the gradients leave the device as all others do
+            assert all(isinstance(each.grad, GradientHandle) for each in model.parameters())
+            assert run._ledger.held("device", "gradients") == 0
+        seen += side.finish() + side.steps(1)
         if run is not None:
             assert run.report().dict()["tiers"]["nvme"]["by_category"]["optimizer"] > before
             run.close()
