@@ -14,38 +14,27 @@ from torch import nn
 from fuyou.checkpoint.export import MemoryTensor, TensorSource
 from fuyou.checkpoint.pretrained import export_pretrained
 from fuyou.checkpoint.source import MemberSource
-from fuyou.core.blocks import find_blocks
 from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, StateError
-from fuyou.core.sizes import format_bytes, parse_bytes
-from fuyou.plan.planner import Plan, make_plan
+from fuyou.core.sizes import format_bytes
+from fuyou.plan.planner import Plan
 from fuyou.report import Report
 from fuyou.runtime.away import Away
-from fuyou.runtime.build import (
-    STATE_SLOTS,
-    Homes,
-    make_units,
-    name_optimizer_strangers,
-    numbers_of,
-    refuse_compiled_around,
-)
+from fuyou.runtime.build import Homes
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
 from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
-from fuyou.runtime.optimizer import Optimizer, check_optimizer
+from fuyou.runtime.optimizer import Optimizer
+from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.schedule import BlockCalls, Schedule
-from fuyou.runtime.tiers import Tiers, nvme_limit_bytes
+from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import HookStack, TensorBook
 from fuyou.swap.gradients import Gradient, Gradients
 from fuyou.swap.optimizer_state import StateAccess, UpdateStream, fill
 from fuyou.swap.unit import Member
 from fuyou.swap.weights import Swapper
-from fuyou.tiers.device import resolve_device
-from fuyou.tiers.store import check_folders
-
-FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 
 
 def wrap(
@@ -78,14 +67,10 @@ def wrap(
         raise ConfigError(f"config={config!r} must be a fuyou.Config.")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module and is a {type(model).__name__}.")
-    check_optimizer(optimizer)
     if is_wrapped(model):
         raise ConfigError("This model is wrapped already: close that run first (run.close()), then wrap again.")
-    name_optimizer_strangers(model, optimizer)
     nvme, nvme_limit, ram, gpu, device = places(nvme, nvme_limit, ram, gpu, device)
-    target = resolve_device(device)
-    ram_bytes, gpu_bytes = _budgets(ram, gpu, target)
-    return Run(model, optimizer, _folders(nvme), nvme_limit, ram_bytes, gpu_bytes, target, config)
+    return Run(model, optimizer, plan_run(model, optimizer, nvme, nvme_limit, ram, gpu, device, config), config)
 
 
 class Run:
@@ -99,43 +84,32 @@ class Run:
         self,
         model: nn.Module,
         passed: torch.optim.Optimizer,
-        folders: list[str],
-        nvme_limit: int | str | None,
-        ram_bytes: int,
-        gpu_bytes: int,
-        device: torch.device,
+        planned: Planned,
         config: Config,
     ) -> None:
         """Use `fuyou.wrap`, which checks the arguments."""
         self.model = model
-        self.device = device
+        self.device = planned.device
         self.config = config
         self._passed = passed
-        self._folders = folders
+        self._folders = planned.folders
         self._pid = os.getpid()
         self._open = False
-        blocks = find_blocks(model, config.blocks)
-        refuse_compiled_around(model, blocks)
-        packed = make_units(model, passed, blocks, config.precision, device)
-        numbers = [numbers_of(unit, named) for unit, named in packed]
-        buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-        plan = make_plan(
-            numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=device.type, buffer_bytes=buffers,
-            state_slots=STATE_SLOTS, with_nvme=bool(folders),
-        )  # fmt: skip
-        limit = nvme_limit_bytes(folders, nvme_limit, plan)
-        self._units = [unit for unit, _ in packed]
-        self._buffer_bytes = buffers
+        self._units = [unit for unit, _ in planned.packed]
+        self._buffer_bytes = planned.buffer_bytes
         with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
-            self._tiers = Tiers(plan, folders, limit, ram_bytes, gpu_bytes, device, config)
+            self._tiers = Tiers(
+                planned.plan, planned.folders, planned.nvme_limit_bytes, planned.ram_bytes, planned.gpu_bytes,
+                planned.device, config,
+            )  # fmt: skip
             undo.callback(self._tiers.close)
             self._ledger, self._arena = self._tiers.ledger, self._tiers.arena
-            homes = Homes(plan, numbers, self._tiers.store)
+            homes = Homes(planned.plan, planned.numbers, self._tiers.store)
             self._tiers.open_store()
-            for index, (unit, named) in enumerate(packed):
+            for index, (unit, named) in enumerate(planned.packed):
                 unit.pack(named)
                 homes.give(index, unit, self._arena)
-            self._make_movers(plan, config, blocks)
+            self._make_movers(planned.plan, config, planned.blocks)
             self._fill(passed)
             undo.pop_all()
         self._install()
@@ -394,31 +368,6 @@ class Run:
     def _source(self, name: str, tensor: torch.Tensor) -> TensorSource:
         member = self._members.get(id(tensor))
         return MemoryTensor(name, tensor) if member is None else MemberSource(name, member, self._tiers.writes)
-
-
-def _folders(nvme: Any) -> list[str]:
-    if nvme is None:
-        return []
-    folders = [nvme] if isinstance(nvme, (str, os.PathLike)) else list(nvme)
-    if not folders:
-        raise ConfigError("nvme=[] names no folder: give at least one, or None to keep everything in host memory.")
-    return check_folders([os.fspath(each) for each in folders])
-
-
-def _budgets(ram: int | str | None, gpu: int | str | None, device: torch.device) -> tuple[int, int]:
-    """(ram, gpu) in bytes: as given, else 80 % of what is free; on a CPU the two share it."""
-    ram_bytes = parse_bytes(ram, "ram") if ram is not None else None
-    gpu_bytes = parse_bytes(gpu, "gpu") if gpu is not None else None
-    if device.type == "cuda" and gpu_bytes is None:
-        gpu_bytes = int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
-    free = int(free_host_bytes() * FREE_SHARE)
-    if ram_bytes is None and gpu_bytes is None:
-        return free // 2, free - free // 2
-    if ram_bytes is None:
-        ram_bytes = free if device.type == "cuda" else max(free - (gpu_bytes or 0), 1)
-    if gpu_bytes is None:
-        gpu_bytes = max(free - ram_bytes, 1)
-    return ram_bytes, gpu_bytes
 
 
 __all__ = ["Run", "wrap"]

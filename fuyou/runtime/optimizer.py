@@ -205,7 +205,7 @@ def check_optimizer(optimizer: Any) -> None:
         warnings.warn(
             f"{type(optimizer).__name__} is trained with the arithmetic of fused=True, whatever foreach or fused say: it "
             "differs from the other two in about 0.3 % of elements by one unit in the last place.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -98,7 +98,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     tokenizer = load_tokenizer(config.model, config.sequence_length, configuration)
     learnt, kept_back = split(documents, config.eval_share, config.seed)
     isolation = allows_packing(configuration)
-    training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training", isolation)
+    training = make_rows(learnt, tokenizer, config.sequence_length, config.packing, "training", isolation, config.seed)
     held_out = None
     if kept_back:
         held_out = make_rows(kept_back, tokenizer, config.sequence_length, config.packing, "held-out", isolation)

@@ -1,0 +1,96 @@
+"""What `wrap` decides about a model and budgets before anything is touched; `fuyou train --dry-run` stops here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.core.blocks import Block, find_blocks
+from fuyou.core.config import Config
+from fuyou.core.errors import ConfigError
+from fuyou.core.sizes import parse_bytes
+from fuyou.plan.planner import Plan, UnitNumbers, make_plan
+from fuyou.runtime.build import STATE_SLOTS, make_units, name_optimizer_strangers, numbers_of, refuse_compiled_around
+from fuyou.runtime.measure import free_host_bytes
+from fuyou.runtime.optimizer import check_optimizer
+from fuyou.runtime.tiers import nvme_limit_bytes
+from fuyou.swap.unit import Unit
+from fuyou.tiers.device import resolve_device
+from fuyou.tiers.store import check_folders
+
+FREE_SHARE = 0.8  # of what is free, for a budget that is not given
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Blocks, units with their named parameters, and the plan of their bytes within the budgets (all in bytes)."""
+
+    device: torch.device
+    folders: list[str]
+    blocks: Sequence[Block]
+    packed: list[tuple[Unit, list[tuple[str, nn.Parameter]]]]
+    numbers: list[UnitNumbers]
+    plan: Plan
+    ram_bytes: int
+    gpu_bytes: int
+    nvme_limit_bytes: int
+    buffer_bytes: int  # of the model's buffers, which stay on the device
+
+
+def plan_run(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    nvme: Any,
+    nvme_limit: int | str | None,
+    ram: int | str | None,
+    gpu: int | str | None,
+    device: str | torch.device | None,
+    config: Config,
+) -> Planned:
+    """Raises all that `wrap` raises before it opens the tiers; changes nothing."""
+    check_optimizer(optimizer)
+    name_optimizer_strangers(model, optimizer)
+    target = resolve_device(device)
+    ram_bytes, gpu_bytes = _budgets(ram, gpu, target)
+    folders = _folders(nvme)
+    blocks = find_blocks(model, config.blocks)
+    refuse_compiled_around(model, blocks)
+    packed = make_units(model, optimizer, blocks, config.precision, target)
+    numbers = [numbers_of(unit, named) for unit, named in packed]
+    buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+    plan = make_plan(
+        numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
+        state_slots=STATE_SLOTS, with_nvme=bool(folders),
+    )  # fmt: skip
+    limit = nvme_limit_bytes(folders, nvme_limit, plan)
+    return Planned(target, folders, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
+
+
+def _folders(nvme: Any) -> list[str]:
+    if nvme is None:
+        return []
+    folders = [nvme] if isinstance(nvme, (str, os.PathLike)) else list(nvme)
+    if not folders:
+        raise ConfigError("nvme=[] names no folder: give at least one, or None to keep everything in host memory.")
+    return check_folders([os.fspath(each) for each in folders])
+
+
+def _budgets(ram: int | str | None, gpu: int | str | None, device: torch.device) -> tuple[int, int]:
+    """(ram, gpu) in bytes: as given, else 80 % of what is free; on a CPU the two share it."""
+    ram_bytes = parse_bytes(ram, "ram") if ram is not None else None
+    gpu_bytes = parse_bytes(gpu, "gpu") if gpu is not None else None
+    if device.type == "cuda" and gpu_bytes is None:
+        gpu_bytes = int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
+    free = int(free_host_bytes() * FREE_SHARE)
+    if ram_bytes is None and gpu_bytes is None:
+        return free // 2, free - free // 2
+    if ram_bytes is None:
+        ram_bytes = free if device.type == "cuda" else max(free - (gpu_bytes or 0), 1)
+    if gpu_bytes is None:
+        gpu_bytes = max(free - ram_bytes, 1)
+    return ram_bytes, gpu_bytes
