@@ -59,6 +59,18 @@ COUNTS = """
 """
 
 
+@pytest.fixture(autouse=True)
+def signals_at_their_defaults():
+    """Whoever runs the tests may ignore some (nohup, a shell's `&`), and then children would inherit that."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    for each, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(each, signal.default_int_handler if each is signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.fixture
 def script(tmp_path):
     def write(text: str, name: str = "script.py") -> str:
