@@ -3,7 +3,7 @@
 #
 # Needs Python 3.10 or newer, pip, a C++17 compiler, and package downloads the first time. The environment is .venv-test
 # (or $FUYOU_TEST_VENV), kept between runs; the package is installed in place, so that its extension is built as a user's is.
-# Another interpreter: PYTHON=python3.12 bash scripts/test.sh
+# Another interpreter: PYTHON=python3.12 bash scripts/test.sh    One test at a time: FUYOU_TEST_WORKERS=0
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -42,4 +42,7 @@ if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
 fi
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec "$venv/bin/python" -m pytest "$@"
+# Two at a time: most tests keep one core busy. Files stay whole, for their fixtures; the slow suite is mostly one file.
+share=loadfile
+[[ " $* " == *" slow "* ]] && share=worksteal
+exec "$venv/bin/python" -m pytest -n "${FUYOU_TEST_WORKERS:-2}" --dist "$share" "$@"

@@ -1,4 +1,4 @@
-"""Shared by all tests: two compute threads, no network, and a folder on a real disk."""
+"""Shared by all tests: compute threads, no network, and a folder on a real disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 import sides
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture
