@@ -69,7 +69,7 @@ MORE_KINDS = {
     "text, packed and cut": (texts, {"packing": True, "packing_strategy": "wrapped"}),
     "text, reentrant": (texts, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     "text, selective checkpointing": (texts, {"gradient_checkpointing_kwargs": {"selective": True}}),
-    "text, dynamic fine-tuning": (texts, {"loss_type": "dft"}),
+    "text, dynamic fine-tuning": (texts, {"loss_type": "dft", "max_grad_norm": 1e-3}),
     "conversation": (chats, {}),
 }
 
@@ -80,7 +80,9 @@ def test_sft(kind, tmp_path, nvme):
     seen = clients.compare(fine_tune(rows(), **options), llama, tmp_path, nvme)
     assert {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate"} <= set(seen[0])
     steps = [each for each in seen if "loss" in each]
-    assert len(steps) == 3 and all(each["grad_norm"] > CLIP for each in steps)  # it does clip
+    assert len(steps) == 3 and all(
+        each["grad_norm"] > options.get("max_grad_norm", CLIP) for each in steps
+    )  # it does clip
 
 
 def test_masks_reach_the_loss(tmp_path):
