@@ -190,7 +190,10 @@ class Run:
         written to the nvme folder as Hugging Face's layout, and a warning says where. Idempotent; a forked child's call
         does nothing.
         """
-        if not self._open or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
+            return
+        if not self._open:
+            self._tiers.close()  # what was past its deadline then; else there is nothing left
             return
         try:
             self._settle()

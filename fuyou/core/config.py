@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from fuyou.core.errors import ConfigError
+from fuyou.core.ticket import DEADLINE_S
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": (None, "fp32", "bf16"),
@@ -29,6 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "micro_batch": None,
     "io": "auto",
     "verify_reads": False,
+    "deadline_s": DEADLINE_S,
 }
 
 
@@ -40,6 +43,8 @@ class Config:
     activations: "auto" (recompute, until the planner decides) | "keep" | "recompute".
     durability: None is "checkpoint": state in flight is not committed, and a run cannot be resumed yet.
     io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
+    deadline_s: seconds, more than 0, after which any wait for a drive, a copy, host memory or a worker is a DeadlineError that
+    names the operations in flight.
 
     ConfigError names an unknown option's nearest match, an impossible value, and in one sentence what is not built yet.
     """
@@ -53,6 +58,7 @@ class Config:
     micro_batch: int | None
     io: str
     verify_reads: bool
+    deadline_s: float
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -98,6 +104,12 @@ def _checked(name: str, value: Any) -> Any:
                 f"micro_batch={value!r} is not built yet: leave it None, and use a smaller batch with accumulation."
             )
         return None
+    if name == "deadline_s":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+            raise ConfigError(
+                f"deadline_s={value!r} must be a number of seconds, more than 0; the default is {DEADLINE_S:g}."
+            )
+        return float(value)
     if value not in _CHOICES[name]:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, _CHOICES[name]))}.")
     if (name, value) in _NOT_BUILT:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-DEADLINE_S = 300.0  # generous: a wait longer than this is a fault to be told, not patience to be had
+# The default of Config.deadline_s, and of whatever is made without one. Generous: a wait longer than this is a fault to be
+# told, not patience to be had.
+DEADLINE_S = 300.0
 
 
 @runtime_checkable
@@ -13,12 +16,13 @@ class Ticket(Protocol):
     """Handle of an operation that has been started.
 
     It keeps the operation's buffers alive until the operation has ended. `wait` returns, or raises that operation's
-    own error, any number of times; past `timeout_s` it raises DeadlineError saying what it waited for.
+    own error, any number of times; past `timeout_s` (None: the deadline of whatever made it) it raises DeadlineError saying
+    what it waited for.
     """
 
     def done(self) -> bool: ...
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None: ...
+    def wait(self, timeout_s: float | None = None) -> None: ...
 
 
 class Done:
@@ -27,7 +31,7 @@ class Done:
     def done(self) -> bool:
         return True
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         return None
 
 
@@ -43,6 +47,22 @@ class AllOf:
     def done(self) -> bool:
         return all(ticket.done() for ticket in self._tickets)
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None:
-        for ticket in self._tickets:
-            ticket.wait(timeout_s)
+    def wait(self, timeout_s: float | None = None) -> None:
+        wait_for(self._tickets, timeout_s)
+
+
+def list_text(names: Sequence[str], shown: int = 8) -> str:
+    """The first of `names`, and how many more there are: part of a DeadlineError's message."""
+    more = f", and {len(names) - shown} more" if len(names) > shown else ""
+    return "; ".join(names[:shown]) + more
+
+
+def wait_for(tickets: Sequence[Ticket], timeout_s: float | None = None) -> None:
+    """Wait for each of `tickets`, in their order: `timeout_s` for all of them together, or None for each its own deadline."""
+    if timeout_s is None:
+        for ticket in tickets:
+            ticket.wait()
+        return
+    deadline = time.monotonic() + timeout_s
+    for ticket in tickets:
+        ticket.wait(max(0.0, deadline - time.monotonic()))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from fuyou.core.config import Config
-from fuyou.core.errors import BudgetError
+from fuyou.core.errors import BudgetError, DeadlineError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
@@ -41,6 +42,7 @@ class Tiers:
         self.notes: list[str] = []
         self._ram_bytes = ram_bytes
         self._pin = device.type == "cuda"
+        self._deadline_s = config.deadline_s
         self.ledger = Ledger(
             {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
         )
@@ -49,28 +51,31 @@ class Tiers:
             self._note(f"Adam runs through torch: {native_problem()}")
         self.engine: Engine | None = None
         self.store: Store | None = None
-        self._closing = contextlib.ExitStack()  # runs in reverse, all of it, and raises what went wrong
+        self._arenas: list[Arena] = []
+        self._closers: list[Callable[[], None]] = []  # what `close` calls, last first
         with contextlib.ExitStack() as undo:
-            undo.callback(self._closing.close)
+            undo.callback(self.close)
+            self._closers.append(self._close_arenas)  # last of all: memory must outlive the I/O in it
             for folder, kind in memory_folders(folders).items():
                 self._note(_in_memory(folder, kind))
                 warnings.warn(_in_memory(folder, kind), stacklevel=4)  # at the call of wrap
             if folders:
-                self.engine = open_engine(config.io)
-                self._closing.callback(self.engine.close)
+                self.engine = open_engine(config.io, deadline_s=config.deadline_s)
+                self._closers.append(self.engine.close)
                 self._note(self.engine.note)
             self._committed_bytes = 0
             self.arena = self._open_arena(plan.arena_bytes)
             if self.engine is not None:
                 if self.engine.register(self.arena.address, self.arena.nbytes):
-                    self._closing.callback(self.engine.unregister, self.arena.address)
+                    self._closers.append(self._unregister)
                 self.store = Store(folders, self.engine, self.ledger)
-                self._closing.callback(self.store.close)  # waits for what is under way, so before the memory goes
+                self._closers.append(self.store.close)
             self.writes = WriteBehind(self.arena)
-            self.link = Device(device, gpu_bytes)
-            self._closing.callback(self.link.close)
-            self.inbound = Worker("fuyou-weights-in")
-            self._closing.callback(self.inbound.close)
+            self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s)
+            self._closers.append(self.link.close)
+            in_flight = None if self.engine is None else self.engine.in_flight
+            self.inbound = Worker("fuyou-weights-in", deadline_s=config.deadline_s, in_flight=in_flight)
+            self._closers.append(self.inbound.close)
             undo.pop_all()
 
     def open_store(self) -> None:
@@ -97,8 +102,8 @@ class Tiers:
         )  # fmt: skip
 
     def _open_arena(self, nbytes: int) -> Arena:
-        arena = Arena(nbytes, self.ledger, pin=self._pin)
-        self._closing.callback(arena.close)
+        arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self._deadline_s)
+        self._arenas.append(arena)
         self._note(arena.note)
         arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
         self._committed_bytes += arena.nbytes
@@ -114,11 +119,36 @@ class Tiers:
         }
 
     def close(self) -> None:
-        """Give everything back, whatever of it fails; the first failure is raised. Idempotent."""
-        try:
-            self._closing.close()
-        finally:
-            trim_heap()
+        """Give everything back, whatever of it fails; the first failure is raised. Idempotent, and what was past its
+        deadline is tried again by the next call."""
+        if not self._closers:
+            return
+        late: list[Callable[[], None]] = []
+        first: BaseException | None = None
+        while self._closers:
+            close = self._closers.pop()
+            try:
+                close()
+            except BaseException as error:
+                first = first or error
+                if isinstance(error, DeadlineError):
+                    late.append(close)
+        self._closers = late[::-1]
+        if late and self._close_arenas not in late:
+            self._closers.insert(0, self._close_arenas)
+        trim_heap()
+        if first is not None:
+            raise first
+
+    def _unregister(self) -> None:
+        if self.engine is not None:
+            self.engine.unregister(self.arena.address)
+
+    def _close_arenas(self) -> None:
+        if self.engine is not None and self.engine.in_flight():
+            return  # its close has said so: memory that a drive may still read or write stays mapped
+        while self._arenas:
+            self._arenas.pop().close()
 
     def _note(self, text: str) -> None:
         if text:

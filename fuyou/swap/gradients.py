@@ -347,7 +347,7 @@ class Gradients:
             self._writes.put(opened.staging.store(), opened.staging)
             return
         if self._outbound is None:
-            self._outbound = Worker("fuyou-gradients-out")
+            self._outbound = Worker("fuyou-gradients-out", deadline_s=self._device.deadline_s)
 
         def run() -> None:
             for ticket in opened.copies:

@@ -6,12 +6,13 @@ import contextlib
 import ctypes
 import mmap
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fuyou.core.errors import BudgetError, ConfigError
+from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
 
@@ -23,17 +24,29 @@ class EventTicket:
     behind the copy. Who leased the host bytes gives them back behind this ticket.
     """
 
-    __slots__ = ("_host", "event")
+    __slots__ = ("_deadline_s", "_host", "_what", "event")
 
-    def __init__(self, event: torch.cuda.Event, host: torch.Tensor) -> None:
+    def __init__(self, event: torch.cuda.Event, host: torch.Tensor, what: str, deadline_s: float) -> None:
         self.event = event
+        self._what = what
+        self._deadline_s = deadline_s
         self._host: torch.Tensor | None = host
 
     def done(self) -> bool:
         return self.event.query()
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None:
-        self.event.synchronize()  # only worker threads and step() come here; the compute stream uses Device.join
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Only worker threads and step() come here; the compute stream uses Device.join."""
+        timeout_s = self._deadline_s if timeout_s is None else timeout_s
+        started = time.monotonic()
+        while not self.event.query():  # event.synchronize() knows no deadline, and burns a core
+            waited = time.monotonic() - started
+            if waited >= timeout_s:
+                raise DeadlineError(
+                    f"Waited {timeout_s:g} s for {self._what}, which has not ended: the device, or a kernel queued before "
+                    "the copy, does not answer. See the driver's messages in the system log."
+                )
+            time.sleep(min(max(waited / 16, 2e-5), 1e-3))  # late by a sixteenth of the wait at most, and by 1 ms
         self._host = None
 
 
@@ -82,8 +95,9 @@ class Device:
     CPU: the same calls are memcpy, complete on return.
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int) -> None:
+    def __init__(self, device: torch.device, budget_bytes: int, *, deadline_s: float = DEADLINE_S) -> None:
         self.device = device
+        self.deadline_s = deadline_s
         self._budget_bytes = budget_bytes
         self.is_cuda = device.type == "cuda"
         self.host_to_device_bytes = 0
@@ -145,7 +159,8 @@ class Device:
                 if isinstance(ticket, EventTicket):
                     self.h2d_stream.wait_event(ticket.event)
             target.copy_(source, non_blocking=True)
-            return EventTicket(self.h2d_stream.record_event(), source)
+            what = f"a copy of {nbytes} bytes from the host to {self.device}"
+            return EventTicket(self.h2d_stream.record_event(), source, what, self.deadline_s)
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
         """device → host, after all that the compute stream holds so far. Contiguous, equal bytes."""
@@ -161,7 +176,8 @@ class Device:
             target.copy_(source, non_blocking=True)
             # The source's memory may be freed by autograd at once: the allocator must not hand it out before this copy.
             source.record_stream(self.d2h_stream)
-            return EventTicket(self.d2h_stream.record_event(), target)
+            what = f"a copy of {nbytes} bytes from {self.device} to the host"
+            return EventTicket(self.d2h_stream.record_event(), target, what, self.deadline_s)
 
     def join(self, ticket: Ticket) -> None:
         """The compute stream waits for a copy in; the host does not."""

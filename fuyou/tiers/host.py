@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections import Counter
 
 import torch
 
@@ -47,7 +48,7 @@ class Arena:
     With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
     """
 
-    def __init__(self, nbytes: int, ledger: Ledger, *, pin: bool = False) -> None:
+    def __init__(self, nbytes: int, ledger: Ledger, *, pin: bool = False, deadline_s: float = DEADLINE_S) -> None:
         self.nbytes = align_up(max(nbytes, PAGE_BYTES), PAGE_BYTES)
         self.note = ""
         self.pinned = False
@@ -55,6 +56,8 @@ class Arena:
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), sorted, never adjacent
         self._changed = threading.Condition()
         self._leases = 0
+        self._held: Counter[str] = Counter()  # bytes by category, for a message
+        self._deadline_s = deadline_s
         self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_DONTFORK"):
             self._map.madvise(mmap.MADV_DONTFORK)
@@ -72,21 +75,25 @@ class Arena:
         with self._changed:
             return self._take(nbytes, category)
 
-    def lease(self, nbytes: int, category: str, what: str = "", timeout_s: float = DEADLINE_S) -> Lease:
-        """A lease of `nbytes`, waiting for others to release. BudgetError where the arena can never hold it."""
+    def lease(self, nbytes: int, category: str, what: str = "", timeout_s: float | None = None) -> Lease:
+        """A lease of `nbytes`, waiting for others to release. BudgetError where the arena can never hold it, DeadlineError
+        where nobody releases enough in `timeout_s` (None: the arena's deadline)."""
         if align_up(nbytes, PAGE_BYTES) > self.nbytes:
             raise BudgetError(
                 f"{what or category} needs {format_bytes(nbytes)} of host memory in one piece and the arena made from "
                 f"the ram budget has {format_bytes(self.nbytes)}: give ram at least {nbytes - self.nbytes} bytes more.",
                 tier="host", needed_bytes=nbytes, given_bytes=self.nbytes,
             )  # fmt: skip
+        timeout_s = self._deadline_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while (lease := self._take(nbytes, category)) is None:
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise DeadlineError(
-                        f"Waited {timeout_s:.0f} s for {format_bytes(nbytes)} of host memory for {what or category}: "
-                        f"{self._leases} leases hold the {format_bytes(self.nbytes)} arena and none came back."
+                        f"Waited {timeout_s:g} s for {format_bytes(nbytes)} of host memory for {what or category}: "
+                        f"{self._leases} leases hold the {format_bytes(self.nbytes)} arena ({self._holders()}) and not "
+                        "enough came back. What they are held for has not ended: see the system log for a drive that does "
+                        "not answer, or give ram more."
                     )
             return lease
 
@@ -104,6 +111,7 @@ class Arena:
                     merged.append((offset, nbytes))
             self._free = merged
             self._leases -= 1
+            self._held[lease.category] -= size
             self._ledger.discharge("host", lease.category, size)
             self._changed.notify_all()
 
@@ -128,8 +136,12 @@ class Arena:
                 self._ledger.charge("host", category, size)
                 self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
                 self._leases += 1
+                self._held[category] += size
                 return Lease(self, offset, nbytes, category)
         return None
+
+    def _holders(self) -> str:
+        return ", ".join(f"{category} {format_bytes(held)}" for category, held in self._held.most_common() if held)
 
     def _pin(self) -> None:
         result = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)

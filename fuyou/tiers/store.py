@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fuyou.core.errors import BudgetError, FuyouError, StateError, StoreError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up, format_bytes
-from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
+from fuyou.core.ticket import DONE, Ticket, wait_for
 from fuyou.tiers.io import Engine, File
 from fuyou.tiers.lock import FolderLock
 
@@ -37,9 +37,8 @@ class Transfer:
     def done(self) -> bool:
         return self._own.done() and self._after.done()
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None:
-        self._after.wait(timeout_s)
-        self._own.wait(timeout_s)
+    def wait(self, timeout_s: float | None = None) -> None:
+        wait_for((self._after, self._own), timeout_s)
 
 
 class Extent:

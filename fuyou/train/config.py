@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fuyou.core.config import Config, nearest
 from fuyou.core.errors import ConfigError
 from fuyou.core.sizes import parse_bytes
+from fuyou.core.ticket import DEADLINE_S
 from fuyou.train.trackers import check_trackers
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # YAML 1.1 reads 1e-4 as a string
@@ -94,6 +95,7 @@ class TrainConfig(BaseModel):
     micro_batch: Integer | None = None
     io: str = "auto"
     verify_reads: bool = False
+    deadline_s: Annotated[Number, Field(gt=0)] = DEADLINE_S
 
     steps: Annotated[Integer, Field(ge=1)] | None = None
     epochs: Annotated[Number, Field(gt=0)] | None = None  # 1 when `steps` is not given either
@@ -128,6 +130,7 @@ class TrainConfig(BaseModel):
             micro_batch=self.micro_batch,
             io=self.io,
             verify_reads=self.verify_reads,
+            deadline_s=self.deadline_s,
         )
 
     def nvme_folders(self) -> list[str]:

@@ -59,7 +59,7 @@ def _planned(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCo
         model, optimizer, config.nvme, config.nvme_limit, config.ram, config.gpu, config.device, core
     )  # fmt: skip
     if planned.folders:
-        open_engine(core.io).close()
+        open_engine(core.io, deadline_s=core.deadline_s).close()
         for folder in planned.folders:
             _refuse_in_use(folder)
     return planned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import ctypes
 import errno
 import io
@@ -73,6 +74,7 @@ class AiofilesEngine(Engine):
         self._lock = threading.Condition()  # guards _open_files, every `active`, _refusing; notified when one ends
         self._open_files: dict[int, _OpenFile] = {}
         self._refusing = False
+        self._stopping = threading.Lock()  # guards _stopped: one thread at a time ends the threads
         self._stopped = False
         self._executor = ThreadPoolExecutor(thread_count, thread_name_prefix="fuyou-aiofiles")
         self._loop = asyncio.new_event_loop()
@@ -207,12 +209,15 @@ class AiofilesEngine(Engine):
             self._open_files[file.key] = _OpenFile(file)
 
     def _detach(self, file: File, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
         with self._lock:
             open_file = self._open_files[file.key]
-            if not self._lock.wait_for(lambda: not open_file.active, timeout_s):
+            if not self._lock.wait_for(lambda: not open_file.active, deadline - time.monotonic()):
                 return False
-            del self._open_files[file.key]
-        self._close_handles([open_file])
+        if not self._close_handles([open_file], deadline):
+            return False
+        with self._lock:
+            self._open_files.pop(file.key, None)
         return True
 
     def _stop(self, timeout_s: float) -> bool:
@@ -222,21 +227,26 @@ class AiofilesEngine(Engine):
             idle = lambda: not any(open_file.active for open_file in self._open_files.values())  # noqa: E731
             if not self._lock.wait_for(idle, deadline - time.monotonic()):
                 return False
+            open_files = list(self._open_files.values())
+        with self._stopping:
             if self._stopped:
                 return True
+            if not self._close_handles(open_files, deadline):
+                return False
             self._stopped = True
-            open_files = list(self._open_files.values())
-        self._close_handles(open_files)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._executor.shutdown()
-        self._loop.close()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._executor.shutdown()
+            self._loop.close()
         return True
 
-    def _close_handles(self, open_files: list[_OpenFile]) -> None:
+    def _close_handles(self, open_files: list[_OpenFile], deadline: float) -> bool:
+        """False where the file system keeps a close(2) waiting."""
+
         async def close_all() -> None:
             for open_file in open_files:
                 while open_file.idle:
                     await open_file.idle.pop().close()
 
-        asyncio.run_coroutine_threadsafe(close_all(), self._loop).result()
+        closing = asyncio.run_coroutine_threadsafe(close_all(), self._loop)
+        return bool(concurrent.futures.wait([closing], max(0.0, deadline - time.monotonic())).done)

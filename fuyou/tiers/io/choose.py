@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from fuyou.core.errors import ConfigError
+from fuyou.core.ticket import DEADLINE_S
 from fuyou.tiers.io.engine import Engine
 
 KINDS = ("io_uring", "threads", "aiofiles")
 
 
-def open_engine(kind: str = "auto") -> Engine:
-    """An I/O engine. "auto" takes the first of io_uring, threads, aiofiles that works here and says why in `note`.
+def open_engine(kind: str = "auto", *, deadline_s: float = DEADLINE_S) -> Engine:
+    """An I/O engine whose waits end after `deadline_s`.
+
+    "auto" takes the first of io_uring, threads, aiofiles that works here and says why in `note`.
 
     A kind asked for by name that cannot be had raises ConfigError saying why.
     """
@@ -20,7 +23,9 @@ def open_engine(kind: str = "auto") -> Engine:
     reasons: dict[str, list[str]] = {}  # why not -> the engines that it rules out
     for name in KINDS if kind == "auto" else (kind,):
         try:
-            return _open(name, note=f"{name}, because {_text(reasons)}" if reasons else "")
+            engine = _open(name, note=f"{name}, because {_text(reasons)}" if reasons else "")
+            engine.deadline_s = deadline_s
+            return engine
         except (ImportError, OSError) as error:
             reasons.setdefault(_reason(error), []).append(name)
     raise ConfigError(f"io={kind!r} cannot be had here: {_text(reasons)}.")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from fuyou.core.errors import DeadlineError, StateError, StorageIOError
-from fuyou.core.ticket import DEADLINE_S, Ticket
+from fuyou.core.ticket import DEADLINE_S, Ticket, list_text
 from fuyou.tiers.io.files import File, open_file
 
 Kind = Literal["read", "write", "flush"]
@@ -41,20 +41,13 @@ class IoTicket:
     def done(self) -> bool:
         return self._settled or self._engine.poll(self)
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Raises this operation's StorageIOError (errno, file, offset, bytes), or DeadlineError."""
+        timeout_s = self._engine.deadline_s if timeout_s is None else timeout_s
         if not self._settled and not self._engine.await_ticket(self, timeout_s):
-            raise DeadlineError(
-                f"Waited {timeout_s:g} s for {self.text}, which has not ended; {_list_text(self._engine.in_flight())}. "
-                "The drive, or the file system under it, does not answer: see the system log."
-            )
+            raise self._engine.past_deadline(f"Waited {timeout_s:g} s for {self.text}, which has not ended")
         if self._failure is not None:
             raise StorageIOError(*self._failure)
-
-
-def _list_text(operations: list[str], shown: int = 8) -> str:
-    more = f", and {len(operations) - shown} more" if len(operations) > shown else ""
-    return f"{len(operations)} operations in flight: {'; '.join(operations[:shown])}{more}"
 
 
 class Engine(ABC):
@@ -62,13 +55,14 @@ class Engine(ABC):
 
     Operations of one file whose ranges overlap run in the order of their submission, `flush` after all writes submitted
     so far; submitting never blocks. Every method may be called from any thread, and only in the process that opened the
-    engine: a forked child gets StateError.
+    engine: a forked child gets StateError. `deadline_s` is that of its tickets' waits and of closing.
     """
 
     name = ""  # "io_uring" | "threads" | "aiofiles"
 
     def __init__(self, note: str = "") -> None:
         self.note = note  # why this engine, "" when it is the first choice
+        self.deadline_s = DEADLINE_S  # open_engine puts the run's own here
         self._pid = os.getpid()
         self._closed = False
         self._buffered_warned = False
@@ -107,12 +101,9 @@ class Engine(ABC):
         if self._closed or file.engine_id != id(self):
             raise StateError(f"{file.path} was not opened by this I/O engine, or the engine is closed.")
         file.closed = True  # no new operations from here on
-        if not self._detach(file, DEADLINE_S):
+        if not self._detach(file, self.deadline_s):
             file.closed = False
-            raise DeadlineError(
-                f"Waited {DEADLINE_S:g} s to close {file.path}; {_list_text(self.in_flight())}. "
-                "The drive, or the file system under it, does not answer: see the system log."
-            )
+            raise self.past_deadline(f"Waited {self.deadline_s:g} s to close {file.path}")
         with self._files_lock:
             del self._files[file.fd]
         os.close(file.fd)
@@ -162,11 +153,8 @@ class Engine(ABC):
         """Wait for every operation, then give back threads and descriptors. Idempotent; later use is StateError."""
         if os.getpid() != self._pid:
             return  # a forked child inherited an object, not an engine
-        if not self._closed and not self._stop(DEADLINE_S):
-            raise DeadlineError(
-                f"Waited {DEADLINE_S:g} s to close the I/O engine; {_list_text(self.in_flight())}. "
-                "The drive, or the file system under it, does not answer: see the system log."
-            )
+        if not self._closed and not self._stop(self.deadline_s):
+            raise self.past_deadline(f"Waited {self.deadline_s:g} s to close the I/O engine")
         self._closed = True
         with self._files_lock:
             files = list(self._files.values())
@@ -204,6 +192,14 @@ class Engine(ABC):
     @abstractmethod
     def await_ticket(self, ticket: IoTicket, timeout_s: float) -> bool:
         """For IoTicket.wait: settle it when its operation ends; False when it has not ended in time."""
+
+    def past_deadline(self, what: str) -> DeadlineError:
+        """For whoever has waited in vain: `what`, and what is in flight."""
+        operations = self.in_flight()
+        return DeadlineError(
+            f"{what}; {len(operations)} operations in flight: {list_text(operations)}. "
+            "The drive, or the file system under it, does not answer: see the system log."
+        )
 
     # ---- checks
 
