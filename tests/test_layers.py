@@ -17,8 +17,10 @@ PACKAGE = ROOT / "fuyou"
 LAYERS = ["_native", "core", "tiers", "swap", "plan", "runtime", "checkpoint", "report", "api", "train", "cli"]
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
 
-# Parts of fuyou/tiers. The I/O engines and the folder's lock are the store's; what is not named is shared below them.
-TIERS = {"host": "host", "device": "device", "store": "store", "io": "store", "lock": "store"}
+# Parts of fuyou/tiers. Folders, their locks, drives and I/O engines are the store's; what is not named is shared below them.
+TIERS = {"host": "host", "device": "device"} | dict.fromkeys(
+    ("store", "drives", "shares", "folders", "io", "lock"), "store"
+)
 RESIDENTS = ("weights", "gradients", "optimizer_state", "activations")  # of fuyou/swap; they meet in the schedule
 
 

@@ -13,9 +13,10 @@ from fuyou.core.errors import BudgetError, StateError, StorageIOError
 from fuyou.core.layout import ALIGN_ELEMENTS, Layout
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import format_bytes, parse_bytes
+from fuyou.tiers.folders import check_folders
 from fuyou.tiers.host import PAGE_BYTES, Arena
 from fuyou.tiers.io import open_engine
-from fuyou.tiers.store import Store, check_folders
+from fuyou.tiers.store import Store
 from fuyou.tiers.worker import Worker
 
 MIB = 2**20
@@ -138,19 +139,19 @@ class TestArena:
 class TestStore:
     def make(self, folders, sizes, slots=2):
         book = ledger()
-        engine = open_engine("auto")
-        store = Store(check_folders([str(each) for each in folders]), engine, book)
+        store = Store(check_folders([str(each) for each in folders]), book)
+        store.start(lambda folder: (open_engine("auto"), 0.0))
         extents = [store.place(size, "optimizer", slots) for size in sizes]
         store.open()
         arena = Arena(8 * MIB, book)
-        return book, engine, store, extents, arena
+        return book, store, extents, arena
 
     def test_what_is_written_is_read_whatever_the_order(self, tmp_path):
         folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
         for folder in folders:
             folder.mkdir()
         sizes = [4096, 5000, 70_000, 300_000, 4095, 65_536] * 3
-        book, engine, store, extents, arena = self.make(folders, sizes)
+        book, store, extents, arena = self.make(folders, sizes)
         rng, expected, pending = random.Random(2), {}, []
         for turn in range(400):
             extent = rng.choice(extents)
@@ -172,12 +173,12 @@ class TestStore:
             lease.release()
         assert all((folder / "fuyou-store" / "data").stat().st_size > 0 for folder in folders)  # striped over all three
         assert (folders[0] / "fuyou-store").stat().st_mode & 0o777 == 0o700
-        store.close(), engine.close(), arena.close()
+        store.close(), arena.close()
         assert [os.listdir(folder) for folder in folders] == [[], [], []]
         assert all(book.held(tier) == 0 for tier in ("host", "nvme"))
 
     def test_an_update_keeps_the_slot_that_it_was_made_from(self, tmp_path):
-        _, engine, store, (extent,), arena = self.make([tmp_path], [8192])
+        _, store, (extent,), arena = self.make([tmp_path], [8192])
         lease = arena.lease(8192, "staging")
         lease.data.fill_(1)
         extent.write(lease.address, lease).wait()
@@ -185,10 +186,10 @@ class TestStore:
         extent.write(lease.address, lease).wait()
         content = (tmp_path / "fuyou-store" / "data").read_bytes()
         assert content[:8192] == b"\x01" * 8192 and content[8192:16384] == b"\x02" * 8192
-        lease.release(), store.close(), engine.close(), arena.close()
+        lease.release(), store.close(), arena.close()
 
     def test_reads_carry_the_writers_error(self, tmp_path):
-        _, engine, store, (extent,), arena = self.make([tmp_path], [8192])
+        _, store, (extent,), arena = self.make([tmp_path], [8192])
         lease = arena.lease(8192, "staging")
         with pytest.raises(StateError, match="before it was written"):
             extent.read(lease.address, lease)
@@ -196,7 +197,7 @@ class TestStore:
         os.truncate(tmp_path / "fuyou-store" / "data", 0)
         with pytest.raises(StorageIOError, match="data"):
             extent.read(lease.address, lease).wait()
-        lease.release(), store.close(), engine.close(), arena.close()
+        lease.release(), store.close(), arena.close()
         with pytest.raises(StateError, match="closed"):
             extent.write(0, None)
 

@@ -21,7 +21,7 @@ from fuyou.runtime.optimizer import check_optimizer
 from fuyou.runtime.tiers import nvme_limit_bytes
 from fuyou.swap.unit import Unit
 from fuyou.tiers.device import resolve_device
-from fuyou.tiers.store import check_folders
+from fuyou.tiers.folders import Rooms, check_folders, rooms_of
 
 FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 
@@ -32,6 +32,7 @@ class Planned:
 
     device: torch.device
     folders: list[str]
+    rooms: Rooms  # of the folders, before anything was placed
     blocks: Sequence[Block]
     packed: list[tuple[Unit, list[tuple[str, nn.Parameter]]]]
     numbers: list[UnitNumbers]
@@ -67,8 +68,9 @@ def plan_run(
         numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
         state_slots=STATE_SLOTS, with_nvme=bool(folders),
     )  # fmt: skip
-    limit = nvme_limit_bytes(folders, nvme_limit, plan)
-    return Planned(target, folders, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
+    rooms = rooms_of(folders, reuse=True)
+    limit = nvme_limit_bytes(rooms, nvme_limit, plan)
+    return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
 
 
 def _folders(nvme: Any) -> list[str]:

@@ -17,14 +17,15 @@ from fuyou.runtime.measure import trim_heap
 from fuyou.swap.adam import load_kernels, native_problem
 from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
+from fuyou.tiers.folders import Rooms, memory_folders, refuse_without_room, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
 from fuyou.tiers.io import Engine, open_engine
-from fuyou.tiers.store import Extent, Store, free_limit, memory_folders, refuse_without_room
+from fuyou.tiers.store import Extent, Store
 from fuyou.tiers.worker import Worker
 
 
 class Tiers:
-    """Ledger, I/O engine, store, host arena, inbound worker, device link and Adam kernels of one run.
+    """Ledger, store with an I/O engine a drive, host arena, inbound worker, device link and Adam kernels of one run.
 
     `notes` says in words where something runs in its second-best way. `open_store` comes after the extents are placed.
     """
@@ -49,34 +50,49 @@ class Tiers:
         self.kernels = load_kernels()
         if self.kernels.name == "torch":
             self._note(f"Adam runs through torch: {native_problem()}")
-        self.engine: Engine | None = None
         self.store: Store | None = None
         self._arenas: list[Arena] = []
         self._closers: list[Callable[[], None]] = []  # what `close` calls, last first
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._closers.append(self._close_arenas)  # last of all: memory must outlive the I/O in it
-            for folder, kind in memory_folders(folders).items():
-                self._note(_in_memory(folder, kind))
-                warnings.warn(_in_memory(folder, kind), stacklevel=4)  # at the call of wrap
-            if folders:
-                self.engine = open_engine(config.io, deadline_s=config.deadline_s)
-                self._closers.append(self.engine.close)
-                self._note(self.engine.note)
+            for text in _folder_notes(folders):
+                self._note(text)
+                warnings.warn(text, stacklevel=4)  # at the call of wrap
             self._committed_bytes = 0
             self.arena = self._open_arena(plan.arena_bytes)
-            if self.engine is not None:
-                if self.engine.register(self.arena.address, self.arena.nbytes):
-                    self._closers.append(self._unregister)
-                self.store = Store(folders, self.engine, self.ledger)
+            if folders:
+                self.store = Store(folders, self.ledger)
                 self._closers.append(self.store.close)
+                self._start_store(self.store, config)
             self.writes = WriteBehind(self.arena)
             self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s)
             self._closers.append(self.link.close)
-            in_flight = None if self.engine is None else self.engine.in_flight
+            in_flight = None if self.store is None else self.store.in_flight
             self.inbound = Worker("fuyou-weights-in", deadline_s=config.deadline_s, in_flight=in_flight)
             self._closers.append(self.inbound.close)
             undo.pop_all()
+
+    @property
+    def engine(self) -> Engine | None:
+        """The first drive's; None without drives."""
+        return self.store.drives[0].engine if self.store is not None else None
+
+    def _start_store(self, store: Store, config: Config) -> None:
+        """Claim the drives, open an engine for each and register the arena with it."""
+
+        def open_drive(folder: str) -> tuple[Engine, float]:
+            engine = open_engine(config.io, deadline_s=config.deadline_s)
+            self._note(engine.note)
+            return engine, 0.0
+
+        store.start(open_drive)
+        refused = store.register(self.arena.address, self.arena.nbytes)
+        if refused and refused[0].engine is not None and refused[0].engine.name == "io_uring":
+            self._note(
+                f"buffers are not registered with {', '.join(drive.folder for drive in refused)}: "
+                f"{refused[0].engine.registration_note}"
+            )
 
     def open_store(self) -> None:
         """Lock the folders and preallocate the extents that have been placed."""
@@ -140,34 +156,36 @@ class Tiers:
         if first is not None:
             raise first
 
-    def _unregister(self) -> None:
-        if self.engine is not None:
-            self.engine.unregister(self.arena.address)
-
     def _close_arenas(self) -> None:
-        if self.engine is not None and self.engine.in_flight():
+        if self.store is not None and self.store.in_flight():
             return  # its close has said so: memory that a drive may still read or write stays mapped
         while self._arenas:
             self._arenas.pop().close()
 
     def _note(self, text: str) -> None:
-        if text:
+        if text and text not in self.notes:  # said once, however many drives have it
             self.notes.append(text)
 
 
-def _in_memory(folder: str, kind: str) -> str:
-    return (
+def _folder_notes(folders: list[str]) -> list[str]:
+    """What is wrong with the folders, though they work."""
+    in_memory = [
         f"The nvme folder {folder} is on a {kind}: it holds its bytes in RAM, beside the ram budget and not counted in it. "
         "Give a folder on a drive, or nvme=None and more ram."
-    )
+        for folder, kind in memory_folders(folders).items()
+    ]
+    shared = [
+        f"The nvme folders {', '.join(together)} are on one file system: they share its room and its speed. Give one folder "
+        "of each drive."
+        for together in rooms_of(folders, reuse=True).shared
+    ]
+    return in_memory + shared
 
 
-def nvme_limit_bytes(folders: list[str], nvme_limit: int | str | None, plan: Plan) -> int:
+def nvme_limit_bytes(rooms: Rooms, nvme_limit: int | str | None, plan: Plan) -> int:
     """The NVMe budget: what was given, no more than what is free less 5 %. BudgetError where the plan needs more."""
-    if not folders:
-        return 0
-    limit = free_limit(folders)
-    if nvme_limit is not None:
+    limit = rooms.total_bytes
+    if rooms.folders and nvme_limit is not None:
         limit = min(parse_bytes(nvme_limit, "nvme_limit"), limit)
-    refuse_without_room(plan.nvme_bytes, limit, folders)
+    refuse_without_room(plan.nvme_bytes, limit, rooms)
     return limit

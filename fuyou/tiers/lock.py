@@ -43,11 +43,13 @@ class FolderLock:
         """Idempotent. The file is removed while it is still locked, so nobody can lock a file that is gone."""
         if self._fd < 0:
             return
-        if os.path.exists(self.path):
-            os.unlink(self.path)
-        os.close(self._fd)
-        self._fd = -1
-        _held.discard(self._key)
+        try:
+            if os.path.exists(self.path):
+                os.unlink(self.path)
+        finally:  # on a file system that was made read-only the file stays, and is nobody's
+            os.close(self._fd)
+            self._fd = -1
+            _held.discard(self._key)
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -1,29 +1,25 @@
-"""The NVMe tier: fixed extents over one preallocated file per drive."""
+"""The NVMe tier: extents striped over one preallocated file per drive."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
-import stat
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from fuyou.core.errors import BudgetError, FuyouError, StateError, StoreError
+from fuyou.core.errors import DeadlineError, FuyouError, StateError
 from fuyou.core.ledger import Ledger
-from fuyou.core.sizes import align_up, format_bytes
+from fuyou.core.sizes import align_up
 from fuyou.core.ticket import DONE, Ticket, wait_for
-from fuyou.tiers.io import Engine, File
-from fuyou.tiers.lock import FolderLock
-
-EXTENT_ALIGN_BYTES = 4096
-FOLDER = "fuyou-store"  # made inside the user's folder, 0700
-FREE_SHARE = 0.95  # nvme_limit=None: what is free, less 5 %
+from fuyou.tiers.drives import Drive
+from fuyou.tiers.folders import refuse_without_room, rooms_of
+from fuyou.tiers.io import Engine
+from fuyou.tiers.shares import UNIT_BYTES, Shares
 
 
 class Transfer:
-    """A read or write of an extent: an engine ticket behind the ticket of the extent's last writer.
+    """A read or write of an extent: engine tickets behind the ticket of the extent's last writer.
 
     The engine orders overlapping ranges of a file itself; this carries the writer's error to whoever reads after it.
     """
@@ -41,20 +37,56 @@ class Transfer:
         wait_for((self._after, self._own), timeout_s)
 
 
+class Parts:
+    """A transfer's tickets, one a drive. `wait` returns when no drive uses the memory any more, and raises the error of
+    the part that comes first in it; past the deadline it does not wait for the rest."""
+
+    __slots__ = ("_tickets",)
+
+    def __init__(self, tickets: Sequence[Ticket]) -> None:
+        self._tickets = tuple(tickets)
+
+    def done(self) -> bool:
+        return all(ticket.done() for ticket in self._tickets)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        first: FuyouError | None = None
+        for ticket in self._tickets:
+            try:
+                ticket.wait(None if end is None else max(0.0, end - time.monotonic()))
+            except DeadlineError as error:
+                first, end = first or error, 0.0
+            except FuyouError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+
+class Part(NamedTuple):
+    """Some bytes of a slot of an extent, in one piece on one drive."""
+
+    drive: Drive
+    offset: int
+    nbytes: int
+
+
+Slot = tuple[Part, ...]  # in the order of the extent's bytes
+
+
 class Extent:
-    """`nbytes` at a fixed place on one drive, in one or two slots.
+    """`nbytes` on the drives, in one or two slots; where they lie is decided when the store opens.
 
     `read` takes the current slot. `write` goes to the other one, which is current from then on: an update never
     overwrites the bytes that it was made from, and a read that is under way keeps its slot. An extent that was never
     written has no bytes (`written` is False) and must not be read.
     """
 
-    __slots__ = ("_current", "_drive", "_offsets", "_store", "_writer", "category", "nbytes", "written")
+    __slots__ = ("_current", "_slots", "_store", "_writer", "category", "nbytes", "written")
 
-    def __init__(self, store: Store, drive: Drive, offsets: tuple[int, ...], nbytes: int, category: str) -> None:
+    def __init__(self, store: Store, nbytes: int, category: str) -> None:
         self._store = store
-        self._drive = drive
-        self._offsets = offsets
+        self._slots: tuple[Slot, ...] = ()
         self._current = 0
         self._writer: Ticket = DONE
         self.nbytes = nbytes
@@ -62,225 +94,197 @@ class Extent:
         self.written = False
 
     @property
-    def drive(self) -> Drive:
-        return self._drive
+    def slots(self) -> tuple[Slot, ...]:
+        return self._slots
 
-    @property
-    def slot_count(self) -> int:
-        return len(self._offsets)
-
-    def take_slot(self, offset: int) -> None:
-        """Called by Store.add_slot only."""
-        self._offsets += (offset,)
+    def take_slots(self, slots: Sequence[Slot]) -> None:
+        """Called by Store only."""
+        self._slots += tuple(slots)
 
     def read(self, address: int, keep: object) -> Ticket:
         """Start reading the extent to `address`; `keep` lives until that has ended."""
         if not self.written:
             raise StateError(f"An extent of {self.category} ({self.nbytes} bytes) was read before it was written.")
-        return Transfer(
-            self._store.transfer("read", self._drive, self._offsets[self._current], address, self.nbytes, keep),
-            self._writer,
-        )
+        return Transfer(self._store.transfer("read", self._slots[self._current], address, keep), self._writer)
 
     def write(self, address: int, keep: object) -> Ticket:
         """Start writing the extent from `address`; reads from now on see these bytes."""
-        slot = (self._current + 1) % len(self._offsets) if self.written else self._current
-        ticket = self._store.transfer("write", self._drive, self._offsets[slot], address, self.nbytes, keep)
-        self._current, self._writer, self.written = slot, ticket, True
+        if not self._slots:
+            raise StateError(
+                f"An extent of {self.category} ({self.nbytes} bytes) was written before its store was open."
+            )
+        number = (self._current + 1) % len(self._slots) if self.written else self._current
+        ticket = self._store.transfer("write", self._slots[number], address, keep)
+        self._current, self._writer, self.written = number, ticket, True
         return ticket
 
 
-class Drive:
-    """One folder: its lock, its file, and the bytes placed on it so far."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.path = os.path.join(folder, FOLDER, "data")
-        self.nbytes = 0
-        self.file: File | None = None
-        self.lock: FolderLock | None = None
-
-    def open(self, engine: Engine) -> None:
-        """Lock, make and preallocate the file: a full disk is told here, before training."""
-        store = os.path.dirname(self.path)
-        os.makedirs(store, mode=0o700, exist_ok=True)
-        if not stat.S_ISDIR(os.lstat(store).st_mode):
-            raise StoreError(
-                f"{store} is not a folder (a symbolic link is not followed): remove it or give another nvme folder."
-            )
-        os.chmod(store, 0o700)
-        self.lock = FolderLock(store)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        self.preallocate(0, self.nbytes)
-        self.file = engine.open(self.path)
-
-    def preallocate(self, offset: int, nbytes: int) -> None:
-        """Make the file reach over `nbytes` from `offset`. StoreError where the drive is full; its size is then as before."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            if nbytes:
-                os.posix_fallocate(descriptor, offset, nbytes)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
-            free = shutil.disk_usage(self.folder).free
-            raise StoreError(
-                f"The nvme folder {self.folder} has no room: {format_bytes(nbytes)} are needed and "
-                f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
-            ) from error
-        finally:
-            os.close(descriptor)
-
-    def close(self, engine: Engine) -> None:
-        """Nothing of an uncommitted store is of use after its run: the file goes, and with it the folder."""
-        if self.file is not None:
-            engine.close_file(self.file)
-            self.file = None
-        if self.lock is not None:
-            if os.path.exists(self.path):
-                os.unlink(self.path)
-            self.lock.release()
-            self.lock = None
-            if not os.listdir(os.path.dirname(self.path)):
-                os.rmdir(os.path.dirname(self.path))
-
-
 class Store:
-    """Places extents (`place`), then makes the files (`open`), then moves bytes. Extents go round the drives in turn."""
+    """Takes note of extents (`place`), lays them out and makes the files (`open`), then moves bytes.
 
-    def __init__(self, folders: Sequence[str], engine: Engine, ledger: Ledger) -> None:
-        self.engine = engine
-        self.read_bytes = 0
-        self.write_bytes = 0
+    Every extent is striped over all drives in proportion to their speed, so that one transfer has all of them at work;
+    a small one goes whole to the drive that is most behind its share. A drive without the room for its share takes what
+    it can, and the others take the rest.
+    """
+
+    def __init__(self, folders: Sequence[str], ledger: Ledger) -> None:
         self._ledger = ledger
         self._counting = threading.Lock()
-        self._drives = [Drive(folder) for folder in folders]
-        self._placed: list[tuple[str, int]] = []
+        self._drives = tuple(Drive(folder) for folder in folders)
+        self._wanted: list[tuple[Extent, int]] = []  # placed before `open`, with their slots
+        self._charged: list[tuple[str, int]] = []
+
+    @property
+    def drives(self) -> tuple[Drive, ...]:
+        return self._drives
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(drive.read_bytes for drive in self._drives)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(drive.write_bytes for drive in self._drives)
+
+    def start(self, open_drive: Callable[[str], tuple[Engine, float]]) -> None:
+        """Claim every folder, then give each drive its engine and speed (bytes a second, 0.0: not known).
+
+        In this order: a folder that another run uses is told before anything is opened or measured. After a failure,
+        `close` gives back what there is.
+        """
+        for drive in self._drives:
+            drive.claim()
+        for drive in self._drives:
+            drive.engine, drive.bytes_per_s = open_drive(drive.folder)
+
+    def register(self, address: int, nbytes: int) -> list[Drive]:
+        """Register host memory with every drive's engine until it closes; returns the drives where that was refused."""
+        return [drive for drive in self._drives if drive.engine and not drive.engine.register(address, nbytes)]
 
     def place(self, nbytes: int, category: str, slots: int) -> Extent:
-        """An extent of `nbytes` (rounded up to 4096) in `slots` slots, on the drive with the least so far."""
-        drive = min(self._drives, key=lambda each: each.nbytes)
-        size = align_up(nbytes, EXTENT_ALIGN_BYTES)
-        offsets = tuple(drive.nbytes + slot * size for slot in range(slots))
-        drive.nbytes += slots * size
-        self._placed.append((category, slots * size))
-        return Extent(self, drive, offsets, size, category)
+        """An extent of `nbytes` (rounded up to 4096) in `slots` slots."""
+        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)
+        self._wanted.append((extent, slots))
+        return extent
 
     def open(self) -> None:
-        """Charge the extents, lock the folders, preallocate. All or nothing."""
+        """Charge the extents, divide them among the drives, preallocate. All or nothing. BudgetError where the drives
+        have no room for them, StoreError where one refuses what it had room for."""
         try:
-            for category, nbytes in self._placed:
-                self._ledger.charge("nvme", category, nbytes, "its extents on the drives")
+            for extent, slots in self._wanted:
+                self._charge(extent, slots, "its extents on the drives")
+            shares = self._shares(sum(slots * extent.nbytes for extent, slots in self._wanted))
+            for extent, slots in self._wanted:
+                extent.take_slots(self._lay(shares, extent.nbytes, slots))
             for drive in self._drives:
-                drive.open(self.engine)
+                drive.open()
         except BaseException:
             self.close()
             raise
+        self._wanted = []
 
     def add(self, nbytes: int, category: str, slots: int) -> Extent:
-        """An extent placed after `open`, at the end of a file that grows by it. BudgetError or StoreError where there is
-        no room, and nothing has changed."""
-        drive = min(self._drives, key=lambda each: each.nbytes)
-        size = align_up(nbytes, EXTENT_ALIGN_BYTES)
-        return Extent(self, drive, self._grow(drive, size, category, slots), size, category)
+        """An extent placed after `open`: the files grow by it. BudgetError or StoreError where there is no room, and
+        nothing has changed."""
+        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)
+        self._grow(extent, slots)
+        return extent
 
     def add_slot(self, extent: Extent) -> None:
-        """A second slot for an extent that updates will rewrite from now on."""
-        if extent.slot_count == 1:
-            extent.take_slot(self._grow(extent.drive, extent.nbytes, extent.category, 1)[0])
+        """A second slot for an extent that updates will rewrite from now on; otherwise as `add`."""
+        if len(extent.slots) == 1:
+            self._grow(extent, 1)
 
-    def _grow(self, drive: Drive, size: int, category: str, slots: int) -> tuple[int, ...]:
-        """Offsets of `slots` new places of `size` bytes on an open drive."""
-        self._ledger.charge("nvme", category, slots * size, "extents for what is trained from now on")
-        start = drive.nbytes
-        try:
-            drive.preallocate(start, slots * size)
-        except BaseException:
-            self._ledger.discharge("nvme", category, slots * size)
-            raise
-        drive.nbytes += slots * size
-        self._placed.append((category, slots * size))
-        return tuple(start + slot * size for slot in range(slots))
-
-    def transfer(self, kind: str, drive: Drive, offset: int, address: int, nbytes: int, keep: object) -> Ticket:
+    def transfer(self, kind: str, slot: Slot, address: int, keep: object) -> Ticket:
         """Called by Extent only."""
-        if drive.file is None:
-            raise StateError(f"The store in {drive.folder} is closed: nothing can be read or written.")
-        with self._counting:
-            if kind == "read":
-                self.read_bytes += nbytes
-            else:
-                self.write_bytes += nbytes
-        start = self.engine.read if kind == "read" else self.engine.write
-        return start(drive.file, offset, address, nbytes, keep)
+        tickets: list[Ticket] = []
+        try:
+            for drive, offset, nbytes in slot:
+                tickets.append(drive.transfer(kind, offset, address, nbytes, keep))
+                address += nbytes
+                with self._counting:
+                    if kind == "read":
+                        drive.read_bytes += nbytes
+                    else:
+                        drive.write_bytes += nbytes
+        except BaseException:  # nobody would wait for those that have begun, and the caller's memory is its own again
+            with contextlib.suppress(FuyouError):
+                Parts(tickets).wait()
+            raise
+        return tickets[0] if len(tickets) == 1 else Parts(tickets)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Of each drive: its folder, the bytes that it holds and that it has moved, its speed (0.0: not measured)."""
+        return [
+            {
+                "folder": drive.folder,
+                "io": drive.engine.name if drive.engine is not None else "none",
+                "held_bytes": drive.nbytes,
+                "read_bytes": drive.read_bytes,
+                "write_bytes": drive.write_bytes,
+                "bytes_per_s": drive.bytes_per_s,
+            }
+            for drive in self._drives
+        ]
 
     def close(self) -> None:
-        """Waits for what is under way, then removes the files. Every drive is closed even where one fails. Idempotent."""
-        first: Exception | None = None
+        """Waits for what is under way, then removes the files. Every drive is closed even where one fails.
+
+        Raises the DeadlineError of a drive that does not answer, which the next call tries again, else the first failure.
+        """
+        failures: list[FuyouError] = []
         for drive in self._drives:
             try:
-                drive.close(self.engine)
-            except (FuyouError, OSError) as error:
-                first = first or error
-        for category, nbytes in self._placed:
-            if self._ledger.held("nvme", category) >= nbytes:
-                self._ledger.discharge("nvme", category, nbytes)
-        self._placed = []
-        if first is not None:
-            raise first
+                drive.close()
+            except FuyouError as error:
+                failures.append(error)
+        for category, nbytes in self._charged:
+            self._ledger.discharge("nvme", category, nbytes)
+        self._charged, self._wanted = [], []
+        if failures:
+            raise next((each for each in failures if isinstance(each, DeadlineError)), failures[0])
 
+    def in_flight(self) -> list[str]:
+        """One line for each operation that has not ended on any drive."""
+        return [line for drive in self._drives if drive.engine is not None for line in drive.engine.in_flight()]
 
-def check_folders(folders: Sequence[str]) -> list[str]:
-    """Absolute paths of `folders`, each an existing, writable directory, none twice. StoreError otherwise."""
-    checked: list[str] = []
-    for folder in folders:
-        path = os.path.realpath(os.fspath(folder))
-        if not os.path.isdir(path):
-            raise StoreError(
-                f"The nvme folder {folder} does not exist or is not a folder: make it first (mkdir -p {folder})."
-            )
-        if not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
-            raise StoreError(
-                f"The nvme folder {folder} is not writable by this user: change its owner or mode, or give another."
-            )
-        if path in checked:
-            raise StoreError(f"The nvme folder {folder} is given twice: give each drive's folder once.")
-        checked.append(path)
-    return checked
+    def _charge(self, extent: Extent, slots: int, what: str) -> None:
+        self._ledger.charge("nvme", extent.category, slots * extent.nbytes, what)
+        self._charged.append((extent.category, slots * extent.nbytes))
 
+    def _shares(self, nbytes: int) -> Shares:
+        """How to divide `nbytes` more. Equal shares unless every drive's speed is known. BudgetError without the room."""
+        rooms = rooms_of([drive.folder for drive in self._drives], reuse=False)
+        refuse_without_room(nbytes, rooms.total_bytes, rooms)
+        speeds = [drive.bytes_per_s for drive in self._drives]
+        if not all(speeds):
+            speeds = [1.0] * len(speeds)
+        return Shares(speeds, rooms.pools, rooms.room_bytes, [drive.nbytes for drive in self._drives], nbytes)
 
-def memory_folders(folders: Sequence[str]) -> dict[str, str]:
-    """Those of `folders` whose file system keeps its bytes in RAM, with its name: tmpfs or ramfs.
+    def _lay(self, shares: Shares, nbytes: int, slots: int) -> list[Slot]:
+        """Slots at the ends of the drives."""
+        laid = []
+        for pieces in shares.divide(nbytes, slots):
+            parts = []
+            for index, size in pieces:
+                drive = self._drives[index]
+                parts.append(Part(drive, drive.nbytes, size))
+                drive.nbytes += size
+            laid.append(tuple(parts))
+        return laid
 
-    Looked up by device number, which names the mount whatever links and bind mounts lie on the way.
-    """
-    kinds: dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as mounts:
-        for line in mounts:
-            device, (kind, *_) = line.split()[2], line.partition(" - ")[2].split()
-            kinds[device] = kind
-    found = {}
-    for folder in folders:
-        number = os.stat(folder).st_dev
-        kind = kinds.get(f"{os.major(number)}:{os.minor(number)}", "")
-        if kind in ("tmpfs", "ramfs"):
-            found[folder] = kind
-    return found
-
-
-def free_limit(folders: Sequence[str]) -> int:
-    """nvme_limit=None: 95 % of what is free on the drives of `folders`, each file system counted once."""
-    free = {os.stat(folder).st_dev: shutil.disk_usage(folder).free for folder in folders}
-    return int(sum(free.values()) * FREE_SHARE)
-
-
-def refuse_without_room(needed_bytes: int, limit_bytes: int, folders: Sequence[str]) -> None:
-    """BudgetError before anything is preallocated, when the extents cannot fit the limit."""
-    if needed_bytes > limit_bytes:
-        raise BudgetError(
-            f"The nvme folders {', '.join(folders)} have no room: the extents need {format_bytes(needed_bytes)} "
-            f"({needed_bytes} bytes) and the limit is {format_bytes(limit_bytes)}, {format_bytes(needed_bytes - limit_bytes)} "
-            "short. Free some, raise nvme_limit, add a drive to the nvme list, or give more ram.",
-            tier="nvme", needed_bytes=needed_bytes, given_bytes=limit_bytes,
-        )  # fmt: skip
+    def _grow(self, extent: Extent, slots: int) -> None:
+        """`slots` more slots for `extent`, on open drives: all of them, or nothing has changed."""
+        self._charge(extent, slots, "extents for what is trained from now on")
+        before = [drive.nbytes for drive in self._drives]
+        try:
+            places = self._lay(self._shares(slots * extent.nbytes), extent.nbytes, slots)
+            for drive, start in zip(self._drives, before, strict=True):
+                drive.preallocate(start, drive.nbytes - start)
+        except BaseException:
+            for drive, start in zip(self._drives, before, strict=True):
+                if drive.nbytes != start:
+                    drive.shrink(start)
+            self._ledger.discharge("nvme", *self._charged.pop())
+            raise
+        extent.take_slots(places)

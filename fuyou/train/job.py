@@ -16,7 +16,7 @@ import torch
 from fuyou.api import Run, wrap
 from fuyou.core.errors import ConfigError
 from fuyou.report import Report
-from fuyou.tiers.store import check_folders
+from fuyou.tiers.folders import check_folders
 from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fuyou.core import environment as variables
 from fuyou.core.errors import ConfigError
 from fuyou.core.sizes import parse_bytes
-from fuyou.tiers.store import check_folders
+from fuyou.tiers.folders import check_folders
 from fuyou.train.child import run_child
 from fuyou.train.cores import THREAD_VARIABLES, Cores, choose_cores
 from fuyou.train.killed import explain

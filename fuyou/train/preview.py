@@ -10,9 +10,9 @@ from torch import nn
 from fuyou.checkpoint.adapters import unwrapped
 from fuyou.core.sizes import format_bytes
 from fuyou.runtime.planned import Planned, plan_run
+from fuyou.tiers.folders import FOLDER, Rooms, memory_folders
 from fuyou.tiers.io import open_engine
 from fuyou.tiers.lock import FolderLock
-from fuyou.tiers.store import FOLDER, memory_folders
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.loop import epoch_count, step_count
@@ -46,10 +46,22 @@ def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCon
             "nvme",
             f"{format_bytes(plan.nvme_bytes)} of {format_bytes(planned.nvme_limit_bytes)}" if config.nvme else "none",
         ),
+        *(("drive", text) for text in _drives(planned.rooms)),
         ("output", config.output),
         *(("note", f"{folder} is on a {kind}: its bytes are RAM") for folder, kind in in_memory.items()),
+        *(("note", f"{', '.join(each)} share a file system, its room and its speed") for each in planned.rooms.shared),
     ]
     return "\n".join([*(f"{name:<15}{value}" for name, value in rows), "dry run: nothing was trained or written."])
+
+
+def _drives(rooms: Rooms) -> list[str]:
+    """Of several drives, what each can hold."""
+    if len(rooms.folders) < 2:
+        return []
+    return [
+        f"{folder}: room for {format_bytes(rooms.room_bytes[pool])}"
+        for folder, pool in zip(rooms.folders, rooms.pools, strict=True)
+    ]
 
 
 def _planned(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Planned:

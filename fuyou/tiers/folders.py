@@ -1,0 +1,116 @@
+"""The user's nvme folders before anything is opened in them: what they are, and what they can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fuyou.core.errors import BudgetError, StoreError
+from fuyou.core.sizes import format_bytes
+
+FOLDER = "fuyou-store"  # made inside the user's folder, 0700
+DATA = "data"  # in it
+FREE_SHARE = 0.95  # of what is free: file systems need some of it for themselves
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Folder i takes from `room_bytes[pools[i]]`: folders on one file system share one room."""
+
+    folders: tuple[str, ...]
+    pools: tuple[int, ...]
+    room_bytes: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.room_bytes)
+
+    @property
+    def shared(self) -> list[list[str]]:
+        """The folders that share a file system, together."""
+        together = [
+            [folder for folder, its in zip(self.folders, self.pools, strict=True) if its == pool]
+            for pool in range(len(self.room_bytes))
+        ]
+        return [folders for folders in together if len(folders) > 1]
+
+    def __str__(self) -> str:
+        parts = []
+        for pool, nbytes in enumerate(self.room_bytes):
+            its = [folder for folder, other in zip(self.folders, self.pools, strict=True) if other == pool]
+            parts.append(f"{format_bytes(nbytes)} in {' and '.join(its)}{' together' if len(its) > 1 else ''}")
+        return ", ".join(parts)
+
+
+def rooms_of(folders: Sequence[str], *, reuse: bool) -> Rooms:
+    """What the folders can hold: 95 % of what is free, each file system counted once.
+
+    With `reuse` the bytes of a store that a killed run left behind count as free: the next run in its folder clears it.
+    (Where that run is alive, its lock refuses the next one.)
+    """
+    devices: list[int] = []
+    free: list[int] = []
+    pools = []
+    for folder in folders:
+        device = os.stat(folder).st_dev
+        if device not in devices:
+            devices.append(device)
+            free.append(shutil.disk_usage(folder).free)
+        pools.append(devices.index(device))
+        if reuse:
+            with contextlib.suppress(OSError):
+                free[pools[-1]] += os.lstat(os.path.join(folder, FOLDER, DATA)).st_blocks * 512
+    return Rooms(tuple(folders), tuple(pools), tuple(int(nbytes * FREE_SHARE) for nbytes in free))
+
+
+def refuse_without_room(needed_bytes: int, limit_bytes: int, rooms: Rooms) -> None:
+    """BudgetError before anything is preallocated, when the extents cannot fit the limit."""
+    if needed_bytes > limit_bytes:
+        raise BudgetError(
+            f"The nvme folders {', '.join(rooms.folders)} have no room: the extents need {format_bytes(needed_bytes)} "
+            f"({needed_bytes} bytes) and the limit is {format_bytes(limit_bytes)}, {format_bytes(needed_bytes - limit_bytes)} "
+            f"short; free, less 5 %, are {rooms}. Free some, raise nvme_limit, add a drive to the nvme list, or give more "
+            "ram.",
+            tier="nvme", needed_bytes=needed_bytes, given_bytes=limit_bytes,
+        )  # fmt: skip
+
+
+def check_folders(folders: Sequence[str]) -> list[str]:
+    """Absolute paths of `folders`, each an existing, writable directory, none twice. StoreError otherwise."""
+    checked: list[str] = []
+    for folder in folders:
+        path = os.path.realpath(os.fspath(folder))
+        if not os.path.isdir(path):
+            raise StoreError(
+                f"The nvme folder {folder} does not exist or is not a folder: make it first (mkdir -p {folder})."
+            )
+        if not os.access(path, os.W_OK | os.X_OK) or os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise StoreError(
+                f"The nvme folder {folder} is not writable by this user: change its owner or mode, or give another."
+            )
+        if any(os.path.samefile(path, other) for other in checked):
+            raise StoreError(f"The nvme folder {folder} is given twice: give each drive's folder once.")
+        checked.append(path)
+    return checked
+
+
+def memory_folders(folders: Sequence[str]) -> dict[str, str]:
+    """Those of `folders` whose file system keeps its bytes in RAM, with its name: tmpfs or ramfs.
+
+    Looked up by device number, which names the mount whatever links and bind mounts lie on the way.
+    """
+    kinds: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+        for line in mounts:
+            device, (kind, *_) = line.split()[2], line.partition(" - ")[2].split()
+            kinds[device] = kind
+    found = {}
+    for folder in folders:
+        number = os.stat(folder).st_dev
+        kind = kinds.get(f"{os.major(number)}:{os.minor(number)}", "")
+        if kind in ("tmpfs", "ramfs"):
+            found[folder] = kind
+    return found
