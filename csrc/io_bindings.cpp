@@ -44,21 +44,49 @@ bool wait_in_slices(double timeout_s, Wait wait_until) {
     }
 }
 
+// In a forked child a lock may be held for ever by a thread that does not exist there: this comes before any lock.
+void check_process(pid_t owner) {
+    if (::getpid() != owner) {
+        throw IoStateError{"this I/O engine belongs to process " + std::to_string(owner) +
+                           ", not to its forked child " + std::to_string(::getpid())};
+    }
+}
+
+// One operation as its ticket holds it. It outlives its engine.
+class IoOperation {
+  public:
+    IoOperation(std::shared_ptr<Op> op, pid_t owner) : op_(std::move(op)), owner_(owner) {}
+
+    uint64_t id() const { return op_->id; }
+
+    bool done() const { return op_->done(); }
+
+    bool wait(double timeout_s) {
+        check_process(owner_);
+        return wait_in_slices(timeout_s, [&](auto deadline) { return op_->wait(deadline); });
+    }
+
+  private:
+    std::shared_ptr<Op> op_;
+    pid_t owner_;
+};
+
 class IoEngine {
   public:
-    IoEngine(const std::string& backend, int64_t queue_depth, int64_t piece_bytes, int64_t thread_count)
+    IoEngine(const std::string& backend, int64_t queue_depth, int64_t piece_bytes, int64_t burst_bytes)
         : pid_(::getpid()) {
         if (queue_depth < 1 || queue_depth > 4096) throw py::value_error("queue_depth must be 1 to 4096");
-        if (thread_count < 1 || thread_count > 256) throw py::value_error("thread_count must be 1 to 256");
         if (piece_bytes < 1 || piece_bytes % static_cast<int64_t>(kPage) != 0 ||
             piece_bytes > static_cast<int64_t>(kLargestPiece)) {
             throw py::value_error("piece_bytes must be a multiple of 4096, at most 1 GiB");
         }
-        queue_ = std::make_unique<IoQueue>(static_cast<uint64_t>(piece_bytes));
+        if (burst_bytes < 0) throw py::value_error("burst_bytes must not be negative");
+        queue_ = std::make_unique<IoQueue>(static_cast<uint64_t>(piece_bytes), static_cast<uint64_t>(burst_bytes));
         if (backend == "io_uring") {
             backend_ = make_uring_backend(*queue_, static_cast<unsigned>(queue_depth));
         } else if (backend == "threads") {
-            backend_ = make_thread_backend(*queue_, static_cast<unsigned>(thread_count));
+            if (queue_depth > 256) throw py::value_error("queue_depth must be at most 256: it is one thread for each");
+            backend_ = make_thread_backend(*queue_, static_cast<unsigned>(queue_depth));
         } else {
             throw py::value_error("unknown backend '" + backend + "': io_uring or threads");
         }
@@ -116,7 +144,7 @@ class IoEngine {
         backend->unregister_buffer(address);
     }
 
-    uint64_t transfer(Kind kind, int file, int64_t offset, uintptr_t address, int64_t nbytes) {
+    IoOperation transfer(Kind kind, int file, int64_t offset, uintptr_t address, int64_t nbytes) {
         check_usable();
         check_range(address, nbytes);
         if (offset < 0) throw py::value_error("offset must not be negative");
@@ -125,24 +153,9 @@ class IoEngine {
                       static_cast<uint64_t>(nbytes));
     }
 
-    uint64_t fsync(int file) {
+    IoOperation fsync(int file) {
         check_usable();
         return submit(Kind::flush, file, 0, nullptr, 0);
-    }
-
-    bool poll(uint64_t op) {
-        check_process();
-        return queue_->poll(op);
-    }
-
-    bool wait(uint64_t op, double timeout_s) {
-        check_process();
-        return wait_in_slices(timeout_s, [&](auto deadline) { return queue_->wait(op, deadline); });
-    }
-
-    void release(uint64_t op) {
-        check_process();
-        queue_->release(op);
     }
 
     std::vector<uint64_t> take_finished() {
@@ -175,13 +188,7 @@ class IoEngine {
     }
 
   private:
-    void check_process() const {
-        // Before any lock: in a forked child a lock may be held for ever by a thread that does not exist there.
-        if (::getpid() != pid_) {
-            throw IoStateError{"this I/O engine belongs to process " + std::to_string(pid_) +
-                               ", not to its forked child " + std::to_string(::getpid())};
-        }
-    }
+    void check_process() const { fuyou::check_process(pid_); }
 
     void check_usable() const {
         check_process();
@@ -196,10 +203,10 @@ class IoEngine {
         }
     }
 
-    uint64_t submit(Kind kind, int file, uint64_t offset, char* address, uint64_t nbytes) {
-        const uint64_t op = queue_->submit(kind, file, offset, address, nbytes);
+    IoOperation submit(Kind kind, int file, uint64_t offset, char* address, uint64_t nbytes) {
+        std::shared_ptr<Op> op = queue_->submit(kind, file, offset, address, nbytes);
         backend_->wake();
-        return op;
+        return IoOperation(std::move(op), pid_);
     }
 
     void leak() {
@@ -236,9 +243,14 @@ void bind_io(py::module_& module) {
         }
     });
 
+    py::class_<IoOperation>(module, "IoOperation")
+        .def_property_readonly("id", &IoOperation::id)
+        .def("done", &IoOperation::done)
+        .def("wait", &IoOperation::wait, py::arg("timeout_s") = 300.0);
+
     py::class_<IoEngine>(module, "IoEngine")
-        .def(py::init<const std::string&, int64_t, int64_t, int64_t>(), py::arg("backend"), py::arg("queue_depth") = 32,
-             py::arg("piece_bytes") = 1 << 20, py::arg("thread_count") = 8)
+        .def(py::init<const std::string&, int64_t, int64_t, int64_t>(), py::arg("backend"), py::arg("queue_depth"),
+             py::arg("piece_bytes"), py::arg("burst_bytes"))
         .def("add_file", &IoEngine::add_file, py::arg("fd"), py::arg("path"), py::arg("alignment_bytes") = 1)
         .def("remove_file", &IoEngine::remove_file, py::arg("file"), py::arg("timeout_s") = 300.0)
         .def("register_buffer", &IoEngine::register_buffer, py::arg("address"), py::arg("nbytes"))
@@ -256,9 +268,6 @@ void bind_io(py::module_& module) {
             },
             py::arg("file"), py::arg("offset"), py::arg("address"), py::arg("nbytes"))
         .def("fsync", &IoEngine::fsync, py::arg("file"))
-        .def("poll", &IoEngine::poll, py::arg("op"))
-        .def("wait", &IoEngine::wait, py::arg("op"), py::arg("timeout_s") = 300.0)
-        .def("release", &IoEngine::release, py::arg("op"))
         .def("take_finished", &IoEngine::take_finished)
         .def("in_flight", &IoEngine::in_flight)
         .def("note", &IoEngine::note)

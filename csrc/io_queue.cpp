@@ -51,16 +51,25 @@ std::string errno_text(int error) {
     return std::string(std::strerror(error)) + " (errno " + std::to_string(error) + ")";
 }
 
+bool Op::wait(std::chrono::steady_clock::time_point deadline) {
+    if (!done()) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (!announced_.wait_until(lock, deadline, [&] { return done(); })) return false;
+    }
+    if (failed) throw IoError{failure.error, failure_text(*this)};
+    return true;
+}
+
+void Op::announce() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    done_.store(true, std::memory_order_release);  // under the lock: a waiter looks, then sleeps, under it too
+    announced_.notify_all();
+}
+
 IoFile& IoQueue::file_of(int file) {
     auto found = files_.find(file);
     if (found == files_.end()) throw IoStateError{"unknown or removed file " + std::to_string(file)};
     return *found->second;
-}
-
-std::shared_ptr<Op> IoQueue::op_of(uint64_t op) {
-    auto found = ops_.find(op);
-    if (found == ops_.end()) throw IoStateError{"unknown or released operation " + std::to_string(op)};
-    return found->second;
 }
 
 std::shared_ptr<IoFile> IoQueue::add_file(int fd, std::string path, uint64_t alignment_bytes) {
@@ -79,12 +88,12 @@ std::shared_ptr<IoFile> IoQueue::remove_file(int id, Clock::time_point deadline)
     std::unique_lock<std::mutex> lock(mutex);
     file_of(id);
     std::shared_ptr<IoFile> file = files_[id];
-    if (!ended_.wait_until(lock, deadline, [&] { return file->active.empty(); })) return nullptr;
+    if (!retired_.wait_until(lock, deadline, [&] { return file->open_count == 0; })) return nullptr;
     files_.erase(id);
     return file;
 }
 
-uint64_t IoQueue::submit(Kind kind, int file, uint64_t offset, char* address, uint64_t nbytes) {
+std::shared_ptr<Op> IoQueue::submit(Kind kind, int file, uint64_t offset, char* address, uint64_t nbytes) {
     auto op = std::make_shared<Op>();
     op->kind = kind;
     op->offset = offset;
@@ -100,32 +109,14 @@ uint64_t IoQueue::submit(Kind kind, int file, uint64_t offset, char* address, ui
         earlier->successors.push_back(op.get());
         ++op->blockers;
     }
-    // Raw pointers to an operation live in `active`, `successors` and `ready_` only until end(); `ops_` owns it longer.
+    // Raw pointers to an operation live in `active`, `successors` and `lines_` only until end(), when `ops_` lets it
+    // go.
     op->file->active.push_back(op.get());
+    ++op->file->open_count;
+    ++open_count_;
     ops_[op->id] = op;
-    ++active_count_;
-    if (op->blockers == 0) ready_.push_back(op.get());
-    return op->id;
-}
-
-bool IoQueue::poll(uint64_t op) {
-    std::lock_guard<std::mutex> lock(mutex);
-    return op_of(op)->done;
-}
-
-bool IoQueue::wait(uint64_t id, Clock::time_point deadline) {
-    std::unique_lock<std::mutex> lock(mutex);
-    std::shared_ptr<Op> op = op_of(id);  // our own reference: another thread may release it while we sleep
-    if (!ended_.wait_until(lock, deadline, [&] { return op->done; })) return false;
-    if (op->failed) throw IoError{op->failure.error, failure_text(*op)};
-    return true;
-}
-
-void IoQueue::release(uint64_t id) {
-    std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<Op> op = op_of(id);
-    op->released = true;
-    if (op->done) ops_.erase(id);
+    if (op->blockers == 0) line_of(*op).push_back(op.get());
+    return op;
 }
 
 std::vector<uint64_t> IoQueue::take_finished() {
@@ -139,7 +130,6 @@ std::vector<std::string> IoQueue::in_flight() {
     std::lock_guard<std::mutex> lock(mutex);
     std::vector<std::string> texts;
     for (const auto& [id, op] : ops_) {
-        if (op->done) continue;
         std::string text = describe(*op);
         if (op->blockers > 0) text += " (waits for " + std::to_string(op->blockers) + " earlier)";
         texts.push_back(std::move(text));
@@ -149,7 +139,17 @@ std::vector<std::string> IoQueue::in_flight() {
 
 bool IoQueue::drain(Clock::time_point deadline) {
     std::unique_lock<std::mutex> lock(mutex);
-    return ended_.wait_until(lock, deadline, [&] { return active_count_ == 0; });
+    return retired_.wait_until(lock, deadline, [&] { return open_count_ == 0; });
+}
+
+// See [Note: io bursts].
+std::deque<Op*>& IoQueue::next_line() {
+    const size_t other = 1 - current_line_;
+    if (!lines_[other].empty() && (lines_[current_line_].empty() || burst_left_bytes_ == 0)) {
+        current_line_ = other;
+        burst_left_bytes_ = burst_bytes_;
+    }
+    return lines_[current_line_];
 }
 
 bool IoQueue::take(Piece& piece) {
@@ -158,18 +158,20 @@ bool IoQueue::take(Piece& piece) {
         retries_.pop_front();
         return true;
     }
-    if (ready_.empty()) return false;
-    Op& op = *ready_.front();
+    std::deque<Op*>& line = next_line();
+    if (line.empty()) return false;
+    Op& op = *line.front();
     piece = Piece{};
     piece.op = &op;
     piece.offset = op.offset + op.carved_bytes;
     piece.address = op.address + op.carved_bytes;
     piece.nbytes = std::min(piece_bytes_, op.nbytes - op.carved_bytes);
     op.carved_bytes += piece.nbytes;
+    burst_left_bytes_ -= std::min(burst_left_bytes_, piece.nbytes);
     ++op.running_pieces;
     if (op.carved_bytes == op.nbytes) {  // at once for a flush, whose size is 0
         op.all_carved = true;
-        ready_.pop_front();
+        line.pop_front();
     }
     return true;
 }
@@ -214,7 +216,8 @@ void IoQueue::piece_failed(const Piece& piece, int error, uint64_t at_offset) {
     op.failed = true;
     if (!op.all_carved) {  // nothing more of it is started; what runs is waited for
         op.all_carved = true;
-        ready_.erase(std::find(ready_.begin(), ready_.end(), &op));
+        std::deque<Op*>& line = line_of(op);
+        line.erase(std::find(line.begin(), line.end(), &op));
     }
 }
 
@@ -224,21 +227,24 @@ void IoQueue::piece_ended(Op& op) {
 }
 
 void IoQueue::end(Op& op) {
-    op.done = true;
-    --active_count_;
     auto& active = op.file->active;
     active.erase(std::find(active.begin(), active.end(), &op));
     for (Op* successor : op.successors) {
-        if (--successor->blockers == 0) ready_.push_back(successor);
+        if (--successor->blockers == 0) line_of(*successor).push_back(successor);
     }
     op.successors.clear();
-    const uint64_t id = op.id;
-    if (op.released) {
-        ops_.erase(id);  // `op` is gone after this
-    } else {
-        finished_.push_back(id);
+    auto owned = ops_.find(op.id);
+    ended_.push_back(std::move(owned->second));
+    ops_.erase(owned);
+}
+
+void IoQueue::retire(const Ops& announced) {
+    for (const std::shared_ptr<Op>& op : announced) {
+        finished_.push_back(op->id);
+        --op->file->open_count;
     }
-    ended_.notify_all();
+    open_count_ -= announced.size();
+    if (!announced.empty()) retired_.notify_all();
 }
 
 }  // namespace fuyou

@@ -23,6 +23,19 @@ namespace fuyou {
 
 namespace {
 
+// From the best to what every kernel knows. See [Note: one thread]; before Linux 6.1, COOP_TASKRUN at least spares the
+// interrupt that would tell a thread which sleeps in the kernel anyway.
+constexpr unsigned kSetups[] = {
+#ifdef IORING_SETUP_DEFER_TASKRUN
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+#endif
+#ifdef IORING_SETUP_COOP_TASKRUN
+    IORING_SETUP_COOP_TASKRUN,
+#endif
+    0};
+
+constexpr long kPatience_ns = 20000000;  // of a wait for several completions: what a slow drive needs for a few
+
 int ring_setup(unsigned entry_count, io_uring_params& params) {
     const long result = ::syscall(__NR_io_uring_setup, entry_count, &params);
     return result < 0 ? -errno : static_cast<int>(result);
@@ -39,14 +52,16 @@ Ring::Ring(unsigned depth) {
     unsigned entry_count = 1;
     while (entry_count < depth + 2) entry_count *= 2;
     io_uring_params params{};
-#ifdef IORING_SETUP_COOP_TASKRUN
-    params.flags = IORING_SETUP_COOP_TASKRUN;  // our thread sleeps in the kernel anyway: no interrupt to tell it
-#endif
-    fd_ = ring_setup(entry_count, params);
-    if (fd_ == -EINVAL && params.flags != 0) {  // a kernel that does not know the flag
+    fd_ = -EINVAL;
+    for (const unsigned flags : kSetups) {  // EINVAL: a kernel that does not know these flags
         params = io_uring_params{};
+        params.flags = flags;
         fd_ = ring_setup(entry_count, params);
+        if (fd_ != -EINVAL) break;
     }
+#ifdef IORING_SETUP_DEFER_TASKRUN
+    deferred_ = (params.flags & IORING_SETUP_DEFER_TASKRUN) != 0 && (params.features & IORING_FEAT_EXT_ARG) != 0;
+#endif
     if (fd_ < 0) throw IoError{-fd_, "io_uring_setup failed: " + errno_text(-fd_)};
     const unsigned needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_RW_CUR_POS | IORING_FEAT_NODROP;
     if ((params.features & needed) != needed) {
@@ -104,10 +119,24 @@ io_uring_sqe* Ring::next_entry() {
     return entry;
 }
 
-int Ring::submit_and_wait() {
+int Ring::submit_and_wait(unsigned least) {
     const unsigned unsubmitted = *sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE);
-    const long result =
-        ::syscall(__NR_io_uring_enter, fd_, unsubmitted, 1u, static_cast<unsigned>(IORING_ENTER_GETEVENTS), nullptr, 0);
+    const unsigned flags = IORING_ENTER_GETEVENTS;
+    long result = 0;
+#ifdef IORING_ENTER_EXT_ARG
+    if (deferred_ && least > 1) {
+        __kernel_timespec patience{0, kPatience_ns};
+        io_uring_getevents_arg argument{};
+        argument.ts = reinterpret_cast<uintptr_t>(&patience);
+        result = ::syscall(__NR_io_uring_enter, fd_, unsubmitted, least, flags | IORING_ENTER_EXT_ARG, &argument,
+                           sizeof(argument));
+        // Out of patience: go on with what there is, or sleep on for the first. All has been submitted by now.
+        if (result >= 0 || errno != ETIME) return result < 0 ? -errno : 0;
+        if (*cq_head_ != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) return 0;
+        return submit_and_wait(1);
+    }
+#endif
+    result = ::syscall(__NR_io_uring_enter, fd_, unsubmitted, 1u, flags, nullptr, 0);
     return result < 0 ? -errno : 0;  // what was not taken is counted again by the next call
 }
 

@@ -1,4 +1,8 @@
-// A thin, checked layer over the io_uring system calls: no liburing. Only fuyou's own I/O thread submits and reaps.
+// A thin, checked layer over the io_uring system calls: no liburing.
+//
+// [Note: one thread] A ring belongs to the thread that made it: only that thread submits, reaps and registers. The
+// kernel then defers a completion's work until that thread asks for it (IORING_SETUP_DEFER_TASKRUN, Linux 6.1), and
+// so a thread that waits for eight completions sleeps through the first seven.
 #pragma once
 
 #if defined(__linux__) && defined(__has_include)
@@ -30,8 +34,11 @@ class Ring {
 
     // The next free entry, zeroed. The caller holds no more than `depth + 1` unreaped, so there always is one.
     io_uring_sqe* next_entry();
-    // Hands everything prepared to the kernel and sleeps until at least one completion is there. 0 or -errno.
-    int submit_and_wait();
+    // Hands everything prepared to the kernel and sleeps until `least` completions are there, or at least one and
+    // kPatience_ns have passed (`least` above 1 counts only where deferred()). 0 or -errno.
+    int submit_and_wait(unsigned least);
+    // Completions wait for us to ask for them: see [Note: one thread].
+    bool deferred() const { return deferred_; }
     bool reap(uint64_t& user_data, int32_t& result);
 
     // Tables with empty places to be filled one by one. 0 or -errno.
@@ -45,6 +52,7 @@ class Ring {
     void unmap();
 
     int fd_ = -1;
+    bool deferred_ = false;
     char* rings_ = nullptr;
     size_t rings_bytes_ = 0;
     io_uring_sqe* entries_ = nullptr;

@@ -78,6 +78,12 @@ class ThreadBackend final : public Backend {
             const int64_t result = run_piece(piece);
             lock.lock();
             queue_.finish(piece, result);
+            const Ops ended = queue_.take_ended();
+            if (ended.empty()) continue;
+            lock.unlock();
+            announce(ended);
+            lock.lock();
+            queue_.retire(ended);
         }
     }
 

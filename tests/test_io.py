@@ -27,6 +27,7 @@ import pytest
 from fuyou.core.errors import ConfigError, DeadlineError, StateError, StorageIOError
 from fuyou.core.ticket import Ticket
 from fuyou.tiers.io import Engine, File, open_engine
+from fuyou.tiers.io.tuning import Tuning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = 4096
@@ -54,7 +55,7 @@ def small_pieces(kind: str) -> Engine:
         return AiofilesEngine(thread_count=3, chunk_bytes=8192)
     from fuyou.tiers.io.native import NativeEngine
 
-    return NativeEngine(kind, queue_depth=3, piece_bytes=8192, thread_count=3)
+    return NativeEngine(kind, tuning=Tuning(piece_bytes=8192, queue_depth=3, burst_bytes=16384))
 
 
 def open_or_skip(kind: str, *, small: bool = False) -> Engine:
@@ -602,72 +603,93 @@ using namespace fuyou;
 #define CHECK(what) if (!(what)) { std::printf("line %d: %s\n", __LINE__, #what); std::exit(1); }
 static char memory[65536];
 static auto soon() { return IoQueue::Clock::now(); }
-static IoError error_of(IoQueue& queue, uint64_t op) {
-    try { queue.wait(op, soon()); } catch (const IoError& error) { return error; }
+static IoError error_of(Op& op) {
+    try { op.wait(soon()); } catch (const IoError& error) { return error; }
     return IoError{0, ""};
 }
+static void finish(IoQueue& queue, const Piece& piece, int64_t result) {  // as a backend does
+    queue.finish(piece, result);
+    const Ops ended = queue.take_ended();
+    announce(ended);
+    queue.retire(ended);
+}
 int main() {
-    IoQueue queue(16384);
+    IoQueue queue(16384, 1 << 20);
     int file = queue.add_file(3, "/f", 4096)->id;
     Piece a, b, c;
     // Cut into pieces; a short transfer goes on from its last whole sector; EINTR and EAGAIN are tried again.
-    uint64_t op = queue.submit(Kind::read, file, 4096, memory, 32768);
+    auto op = queue.submit(Kind::read, file, 4096, memory, 32768);
     CHECK(queue.take(a) && a.offset == 4096 && a.nbytes == 16384 && a.address == memory);
     CHECK(queue.take(b) && b.offset == 4096 + 16384 && b.address == memory + 16384 && !queue.has_work());
-    queue.finish(a, 9000);
+    finish(queue, a, 9000);
     CHECK(queue.take(a) && a.offset == 4096 + 8192 && a.nbytes == 8192 && a.address == memory + 8192);
-    queue.finish(b, 16384);
-    queue.finish(a, -EINTR);
+    finish(queue, b, 16384);
+    finish(queue, a, -EINTR);
     CHECK(queue.take(a) && a.nbytes == 8192);
-    queue.finish(a, -EAGAIN);
-    CHECK(!queue.poll(op) && queue.take(a) && a.offset == 4096 + 8192);
-    queue.finish(a, 8192);
-    CHECK(queue.poll(op) && queue.wait(op, soon()));
+    finish(queue, a, -EAGAIN);
+    CHECK(!op->done() && !op->wait(soon()) && queue.take(a) && a.offset == 4096 + 8192);
+    finish(queue, a, 8192);
+    CHECK(op->done() && op->wait(soon()));
     // EAGAIN for ever is an error in the end, not a hang.
     op = queue.submit(Kind::read, file, 0, memory, 4096);
     int turns = 0;
-    while (queue.take(a)) { queue.finish(a, -EAGAIN); CHECK(++turns < 100000); }
-    CHECK(error_of(queue, op).error == EAGAIN);
+    while (queue.take(a)) { finish(queue, a, -EAGAIN); CHECK(++turns < 100000); }
+    CHECK(error_of(*op).error == EAGAIN);
     // A write that moves nothing for ever, too.
     op = queue.submit(Kind::write, file, 0, memory, 4096);
-    for (turns = 0; queue.take(a);) { queue.finish(a, 0); CHECK(++turns < 100000); }
-    CHECK(error_of(queue, op).error == EIO);
+    for (turns = 0; queue.take(a);) { finish(queue, a, 0); CHECK(++turns < 100000); }
+    CHECK(error_of(*op).error == EIO);
     // An error: what runs is waited for, nothing more is started, the lowest offset is reported.
     op = queue.submit(Kind::write, file, 0, memory, 65536);
     CHECK(queue.take(a) && queue.take(b));
-    queue.finish(b, -ENOSPC);
-    CHECK(!queue.has_work() && !queue.poll(op));
-    queue.finish(a, 4096);  // short: its own error is still looked for
+    finish(queue, b, -ENOSPC);
+    CHECK(!queue.has_work() && !op->done());
+    finish(queue, a, 4096);  // short: its own error is still looked for
     CHECK(queue.take(a) && a.offset == 4096 && !queue.has_work());
-    queue.finish(a, -EIO);
-    CHECK(queue.poll(op) && error_of(queue, op).error == EIO);
-    CHECK(error_of(queue, op).text.find("write 65536 bytes at 0 of /f failed at offset 4096") == 0);
+    finish(queue, a, -EIO);
+    CHECK(op->done() && error_of(*op).error == EIO);
+    CHECK(error_of(*op).text.find("write 65536 bytes at 0 of /f failed at offset 4096") == 0);
     // Order: read, then a write over it, then a read of that; a read elsewhere waits for none of them.
-    uint64_t r1 = queue.submit(Kind::read, file, 0, memory, 8192);
-    uint64_t w = queue.submit(Kind::write, file, 4096, memory, 8192);
-    uint64_t r2 = queue.submit(Kind::read, file, 8192, memory, 4096);
-    uint64_t r3 = queue.submit(Kind::read, file, 12288, memory, 4096);
-    uint64_t f = queue.submit(Kind::flush, file, 0, nullptr, 0);
-    CHECK(queue.take(a) && a.op->id == r1 && queue.take(b) && b.op->id == r3 && !queue.has_work());
-    queue.finish(b, 4096);
-    CHECK(queue.poll(r3) && !queue.has_work());
-    queue.finish(a, 8192);
-    CHECK(queue.take(a) && a.op->id == w && !queue.has_work());
-    queue.finish(a, -EIO);  // its successors run all the same
-    CHECK(queue.take(b) && b.op->id == r2 && queue.take(c) && c.op->id == f && c.nbytes == 0);
-    queue.finish(c, 0);
-    queue.finish(b, 4096);
-    CHECK(queue.poll(r2) && queue.poll(f) && queue.in_flight().empty() && queue.drain(soon()));
-    // Released before its end: forgotten when it ends, not before.
+    auto r1 = queue.submit(Kind::read, file, 0, memory, 8192);
+    auto w = queue.submit(Kind::write, file, 4096, memory, 8192);
+    auto r2 = queue.submit(Kind::read, file, 8192, memory, 4096);
+    auto r3 = queue.submit(Kind::read, file, 12288, memory, 4096);
+    auto f = queue.submit(Kind::flush, file, 0, nullptr, 0);
+    CHECK(queue.take(a) && a.op == r1.get() && queue.take(b) && b.op == r3.get() && !queue.has_work());
+    finish(queue, b, 4096);
+    CHECK(r3->done() && !queue.has_work());
+    finish(queue, a, 8192);
+    CHECK(queue.take(a) && a.op == w.get() && !queue.has_work());
+    finish(queue, a, -EIO);  // its successors run all the same; the flush is of the kind whose burst is not over
+    CHECK(queue.take(c) && c.op == f.get() && c.nbytes == 0 && queue.take(b) && b.op == r2.get());
+    finish(queue, c, 0);
+    finish(queue, b, 4096);
+    CHECK(r2->done() && f->done() && queue.in_flight().empty() && queue.drain(soon()));
+    // Until an operation is announced its waiters sleep, and until it is retired its file and the queue are in use.
     op = queue.submit(Kind::read, file, 0, memory, 4096);
-    queue.release(op);
     CHECK(!queue.drain(soon()) && queue.in_flight().size() == 1 && !queue.remove_file(file, soon()));
     CHECK(queue.take(a));
     queue.finish(a, 4096);
-    CHECK(queue.drain(soon()) && queue.remove_file(file, soon()));
-    bool unknown = false;
-    try { queue.poll(op); } catch (const IoStateError&) { unknown = true; }
-    CHECK(unknown);
+    const Ops ended = queue.take_ended();
+    CHECK(!op->done() && ended.size() == 1 && ended[0] == op && !queue.drain(soon()));
+    announce(ended);
+    CHECK(op->done() && !queue.drain(soon()) && !queue.remove_file(file, soon()));
+    queue.take_finished();
+    queue.retire(ended);
+    CHECK(queue.drain(soon()) && queue.take_finished() == std::vector<uint64_t>{op->id} && queue.remove_file(file, soon()));
+    // Bursts: three pieces of one kind, three of the other, oldest first within a kind; then what is left.
+    IoQueue turns_queue(4096, 3 * 4096);
+    file = turns_queue.add_file(3, "/f", 4096)->id;
+    for (int i = 0; i < 4; ++i) {
+        turns_queue.submit(Kind::read, file, i * 8192, memory, 8192);
+        turns_queue.submit(Kind::write, file, 65536 + i * 4096, memory, 4096);
+    }
+    std::string order;
+    while (turns_queue.take(a)) {
+        order += a.op->kind == Kind::read ? 'r' : 'w';
+        finish(turns_queue, a, 4096);
+    }
+    CHECK(order == "wwwrrrwrrrrr" || (std::puts(order.c_str()), false));
     std::puts("OK");
 }
 """
