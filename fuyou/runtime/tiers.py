@@ -19,7 +19,7 @@ from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
 from fuyou.tiers.folders import Rooms, memory_folders, refuse_without_room, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
-from fuyou.tiers.io import Engine, open_engine
+from fuyou.tiers.io import Engine, open_for_drive
 from fuyou.tiers.store import Extent, Store
 from fuyou.tiers.worker import Worker
 
@@ -64,7 +64,7 @@ class Tiers:
             if folders:
                 self.store = Store(folders, self.ledger)
                 self._closers.append(self.store.close)
-                self._start_store(self.store, config)
+                self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
             self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s)
             self._closers.append(self.link.close)
@@ -78,13 +78,15 @@ class Tiers:
         """The first drive's; None without drives."""
         return self.store.drives[0].engine if self.store is not None else None
 
-    def _start_store(self, store: Store, config: Config) -> None:
+    def _start_store(self, store: Store, config: Config, share_bytes: int) -> None:
         """Claim the drives, open an engine for each and register the arena with it."""
 
         def open_drive(folder: str) -> tuple[Engine, float]:
-            engine = open_engine(config.io, deadline_s=config.deadline_s)
+            engine = open_for_drive(
+                config.io, folder, share_bytes, self.arena.address, self.arena.nbytes, deadline_s=config.deadline_s
+            )
             self._note(engine.note)
-            return engine, 0.0
+            return engine, engine.tuning.mixed_bytes_per_s if engine.tuning else 0.0
 
         store.start(open_drive)
         refused = store.register(self.arena.address, self.arena.nbytes)

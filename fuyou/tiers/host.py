@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import time
@@ -15,6 +16,7 @@ from fuyou.core.sizes import align_up, format_bytes
 from fuyou.core.ticket import DEADLINE_S
 
 PAGE_BYTES = 4096
+HUGE_BYTES = 2 << 20  # of x86-64, and of arm64 with 4 KiB pages
 
 
 class Lease:
@@ -44,7 +46,9 @@ class Arena:
     """One anonymous mapping of exactly `nbytes` (rounded up to a page), sub-allocated first-fit.
 
     torch's pinned allocator rounds every block up to a power of two (pytorch#150517); this one rounds to the page. A
-    forked child does not inherit it (MADV_DONTFORK), so DataLoader workers neither double it nor copy it on write.
+    forked child does not inherit it (MADV_DONTFORK), so DataLoader workers neither double it nor copy it on write. It
+    lies on huge pages where the kernel gives them: a drive then gets few large segments instead of many small ones
+    (scripts/bench_io.py shows what that is worth).
     With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
     """
 
@@ -58,10 +62,8 @@ class Arena:
         self._leases = 0
         self._held: Counter[str] = Counter()  # bytes by category, for a message
         self._deadline_s = deadline_s
-        self._map: mmap.mmap | None = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_DONTFORK"):
-            self._map.madvise(mmap.MADV_DONTFORK)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._map: mmap.mmap | None = _map(self.nbytes)
+        self.bytes = _huge(self._map, self.nbytes)
         self.address = self.bytes.data_ptr()
         if pin:
             self._pin()
@@ -152,3 +154,24 @@ class Arena:
                 f"host memory is not pinned (cudaHostRegister of {format_bytes(self.nbytes)} said {result}): copies go "
                 "through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
             )
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    """Address space for `nbytes` from a multiple of HUGE_BYTES on. What is never touched of it costs nothing."""
+    slack = HUGE_BYTES - PAGE_BYTES if nbytes >= HUGE_BYTES else 0
+    mapping = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        mapping.madvise(mmap.MADV_DONTFORK)
+    return mapping
+
+
+def _huge(mapping: mmap.mmap, nbytes: int) -> torch.Tensor:
+    """The (nbytes,) uint8 tensor in `mapping`, on huge pages as far as they are whole."""
+    start = (
+        -torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr() % HUGE_BYTES if nbytes >= HUGE_BYTES else 0
+    )
+    whole = nbytes - nbytes % HUGE_BYTES  # not the rest: a huge page there would hold more than the budget
+    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=start, count=nbytes)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fuyou.core.errors import DeadlineError, StateError, StorageIOError
 from fuyou.core.ticket import DEADLINE_S, Ticket, list_text
 from fuyou.tiers.io.files import File, open_file
+from fuyou.tiers.io.tuning import Tuning
 
 Kind = Literal["read", "write", "flush"]
 Failure = tuple[int, str]  # errno, text
@@ -62,6 +63,7 @@ class Engine(ABC):
 
     def __init__(self, note: str = "") -> None:
         self.note = note  # why this engine, "" when it is the first choice
+        self.tuning: Tuning | None = None  # of an engine that can be tuned
         self.deadline_s = DEADLINE_S  # open_engine puts the run's own here
         self._pid = os.getpid()
         self._closed = False

@@ -19,10 +19,8 @@ class NativeEngine(Engine):
     def __init__(self, backend: str, note: str = "", *, tuning: Tuning | None = None) -> None:
         super().__init__(note)
         self.name = backend
-        self.tuning = tuning or default_tuning(backend)
-        self._native = _native.IoEngine(
-            backend, self.tuning.queue_depth, self.tuning.piece_bytes, self.tuning.burst_bytes
-        )
+        tuning = self.tuning = tuning or default_tuning(backend)
+        self._native = _native.IoEngine(backend, tuning.queue_depth, tuning.piece_bytes, tuning.burst_bytes)
         self._tickets: dict[int, IoTicket] = {}  # started and not settled: this is what keeps their memory alive
         self._lock = threading.Lock()  # guards _tickets
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 MIB = 1 << 20
+FILE = "fuyou-io.json"  # in the nvme folder, beside the store
+VERSION = 1
+MOST_BYTES = 1 << 16  # that are read of it
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class Tuning:
     """Requests are cut into pieces of `piece_bytes`, of which `queue_depth` are under way at a time.
 
     While reads and writes both wait, each kind has `burst_bytes` in turn. The speeds are those measured with these
-    values, 0.0 where nothing was measured.
+    values (mixed: reads and writes together, half of each), 0.0 where nothing was measured.
     """
 
     piece_bytes: int
@@ -25,4 +33,60 @@ class Tuning:
 
 def default_tuning(backend: str) -> Tuning:
     """What does well on most drives: good enough where a measurement is not worth its time."""
-    return Tuning(MIB, 8 if backend == "threads" else 32, 64 * MIB)
+    if backend == "threads":
+        return Tuning(MIB, 8, 64 * MIB)
+    return Tuning(4 * MIB, 16, 64 * MIB)
+
+
+def remembered(folder: str, backend: str) -> Tuning | None:
+    """What was measured in `folder` for `backend` on this file system under this kernel; None where nothing was."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return _checked(_tunings(folder)[backend])
+    return None
+
+
+def remember(folder: str, backend: str, tuning: Tuning) -> None:
+    """Keep `tuning` beside the store for the next run. A folder that takes no file is no error: it is measured again."""
+    content = {"version": VERSION, "machine": _machine(folder), "tunings": _tunings(folder) | {backend: asdict(tuning)}}
+    with contextlib.suppress(OSError):
+        descriptor, draft = tempfile.mkstemp(dir=folder, prefix=FILE)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(draft, os.path.join(folder, FILE))  # whole or not at all, whoever else writes it
+        except BaseException:
+            os.unlink(draft)
+            raise
+
+
+def _tunings(folder: str) -> dict[str, Any]:
+    """By backend, unchecked. Empty where the file is not there, is of another machine, or is anything else: anybody may
+    have written it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with open(os.path.join(folder, FILE), encoding="utf-8") as file:
+            content = json.loads(file.read(MOST_BYTES))
+        if content["version"] == VERSION and content["machine"] == _machine(folder):
+            return dict(content["tunings"])
+    return {}
+
+
+def _machine(folder: str) -> dict[str, Any]:
+    """What a measurement depends on and can be told without measuring: the file system and the kernel."""
+    return {"file_system": os.statvfs(folder).f_fsid, "kernel": os.uname().release}
+
+
+def _checked(values: dict[str, Any]) -> Tuning:
+    """ValueError where a value cannot be one of a Tuning."""
+    tuning = Tuning(**{field.name: values[field.name] for field in fields(Tuning)})
+    counts = (tuning.piece_bytes, tuning.queue_depth, tuning.burst_bytes)
+    speeds = (tuning.read_bytes_per_s, tuning.write_bytes_per_s, tuning.mixed_bytes_per_s)
+    if not (
+        all(type(each) is int for each in counts)
+        and all(type(each) in (int, float) and 0 <= each < 1e15 for each in speeds)  # false for NaN
+        and 4096 <= tuning.piece_bytes <= 1 << 30
+        and tuning.piece_bytes % 4096 == 0
+        and 1 <= tuning.queue_depth <= 256
+        and 0 <= tuning.burst_bytes <= 1 << 40
+    ):
+        raise ValueError(f"not a tuning: {values}")
+    return tuning

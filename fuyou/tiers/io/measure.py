@@ -1,0 +1,129 @@
+"""A short measurement of a drive through an engine: which requests it likes, and how fast it is with them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from fuyou.core.errors import StorageIOError
+from fuyou.core.ticket import Ticket
+from fuyou.tiers.io.engine import Engine
+from fuyou.tiers.io.files import File
+from fuyou.tiers.io.tuning import MIB, Tuning, default_tuning
+
+Mode = Literal["read", "write", "mixed"]
+
+OPERATION_BYTES = 16 * MIB  # about a chunk of the optimizer stream
+MEMORY_BYTES = 256 * MIB  # at most: twice the most that any candidate has under way
+LEAST_MEMORY_BYTES = 4 * OPERATION_BYTES
+SCRATCH_BYTES = 512 * MIB
+PROBE_S = 0.2
+ROUNDS = 2  # each candidate's turns are apart in time: a slow moment of the machine does not hit one alone
+GOOD_SHARE = 0.95  # of the best: within this, what costs less CPU and less memory in flight wins
+
+CANDIDATES = tuple((piece * MIB, depth) for piece, depth in ((1, 32), (1, 64), (4, 16), (4, 32), (16, 8)))
+THREAD_CANDIDATES = tuple((piece * MIB, depth) for piece, depth in ((1, 4), (1, 8), (1, 16), (4, 8), (16, 4)))
+BURSTS = (0, 64 * MIB, 256 * MIB)
+
+
+def measure(open_engine: Callable[[Tuning], Engine], backend: str, folder: str, address: int, nbytes: int) -> Tuning:
+    """The Tuning that does best for engines of `open_engine` in `folder`, with its speeds; some seconds.
+
+    Reads and writes a scratch file, which has no name while it is used, in [address, address + nbytes): memory of the
+    kind that the run will use, at least LEAST_MEMORY_BYTES of it, whose content is lost. StorageIOError where the drive
+    fails or has no room for the scratch file.
+    """
+    nbytes = min(nbytes, MEMORY_BYTES)
+    burst = default_tuning(backend).burst_bytes
+    pairs = THREAD_CANDIDATES if backend == "threads" else CANDIDATES
+    candidates = [Tuning(piece, depth, burst) for piece, depth in pairs]
+    with _scratch(folder) as path:
+
+        def speeds(tunings: Sequence[Tuning], modes: Sequence[Mode]) -> list[dict[Mode, float]]:
+            """The best that each of `tunings` reached in each of `modes`, in bytes a second."""
+            best: list[dict[Mode, float]] = [dict.fromkeys(modes, 0.0) for _ in tunings]
+            for turn in range(ROUNDS * len(tunings)):
+                index = turn % len(tunings)
+                with open_engine(tunings[index]) as engine:
+                    engine.register(address, nbytes)
+                    file = engine.open(path)
+                    for mode in modes:
+                        speed = throughput(engine, file, mode, address, nbytes, PROBE_S)
+                        best[index][mode] = max(best[index][mode], speed)
+            return best
+
+        with open_engine(candidates[0]) as engine:  # every block is written before any is measured
+            throughput(engine, engine.open(path), "write", address, nbytes, 0.0, least_bytes=SCRATCH_BYTES)
+        found = speeds(candidates, ("write", "read"))
+        chosen = _choose(candidates, found)
+        bursts = [replace(candidates[chosen], burst_bytes=each) for each in BURSTS]
+        mixed = [each["mixed"] for each in speeds(bursts, ("mixed",))]
+    best = mixed.index(max(mixed))
+    return replace(
+        bursts[best],
+        read_bytes_per_s=found[chosen]["read"],
+        write_bytes_per_s=found[chosen]["write"],
+        mixed_bytes_per_s=mixed[best],
+    )
+
+
+def _choose(candidates: Sequence[Tuning], found: Sequence[dict[Mode, float]]) -> int:
+    """The largest pieces, then the fewest bytes under way, of those nearly as fast as the fastest both ways."""
+    speeds = [1 / (1 / each["read"] + 1 / each["write"]) for each in found]  # of reading a byte and writing one
+    good = [index for index, speed in enumerate(speeds) if speed >= GOOD_SHARE * max(speeds)]
+    return max(good, key=lambda index: (candidates[index].piece_bytes, -candidates[index].queue_depth))
+
+
+@contextlib.contextmanager
+def _scratch(folder: str) -> Iterator[str]:
+    """A path to SCRATCH_BYTES of file in `folder`, which have no name there: whatever becomes of us, they go."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, SCRATCH_BYTES)
+            yield f"/proc/self/fd/{file.fileno()}"
+    except StorageIOError:
+        raise
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise StorageIOError(code, f"cannot measure the drive of {folder}: {os.strerror(code)}") from error
+
+
+def throughput(
+    engine: Engine, file: File, mode: Mode, address: int, nbytes: int, seconds: float, *, least_bytes: int = 0
+) -> float:
+    """Bytes a second of `mode` over `file`, with as many operations under way as [address, address + nbytes) holds.
+
+    Starts operations for `seconds`, and until `least_bytes` have been started; what is under way then is waited for and
+    counted. Reads run through the file from its start, writes from its middle, round and round.
+    """
+    places = file.size_bytes // OPERATION_BYTES
+    position = {"read": 0, "write": places // 2}
+    free = [address + index * OPERATION_BYTES for index in range(nbytes // OPERATION_BYTES)]
+    under_way: deque[tuple[int, Ticket]] = deque()
+    started = 0
+    began = time.perf_counter()
+    while True:
+        while free and (time.perf_counter() - began < seconds or started * OPERATION_BYTES < least_bytes):
+            kind = ("read", "write")[started % 2] if mode == "mixed" else mode
+            start = engine.read if kind == "read" else engine.write
+            memory = free.pop()
+            under_way.append((memory, start(file, position[kind] % places * OPERATION_BYTES, memory, OPERATION_BYTES)))
+            position[kind] += 1
+            started += 1
+        if not under_way:
+            return started * OPERATION_BYTES / (time.perf_counter() - began)
+        under_way[0][1].wait()
+        for _ in range(len(under_way)):  # bursts of a kind end out of order
+            memory, ticket = under_way.popleft()
+            if ticket.done():
+                ticket.wait()  # raises what went wrong
+                free.append(memory)
+            else:
+                under_way.append((memory, ticket))
