@@ -149,6 +149,7 @@ class Run:
             "steps": steps,
             "step_count": self._clock.count,
             "device": str(self.device),
+            "drives": self._tiers.store.summary() if self._tiers.store is not None else [],
             "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},
             "notes": list(self._tiers.notes),
         })  # fmt: skip

@@ -5,6 +5,7 @@ Drives are folders where that is enough, else file systems of their own on loop 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -19,7 +20,7 @@ from pathlib import Path
 import mounts
 import pytest
 
-from fuyou.core.errors import BudgetError, DeadlineError, StateError, StorageIOError, StoreError
+from fuyou.core.errors import BudgetError, DeadlineError, FuyouError, StateError, StorageIOError, StoreError
 from fuyou.core.ledger import Ledger
 from fuyou.tiers.folders import check_folders, rooms_of
 from fuyou.tiers.host import Arena
@@ -484,3 +485,37 @@ class TestClaims:
             store.start(lambda folder: (open_engine(), 0.0))
         store.close()
         assert list(free.iterdir()) == [] and [each.name for each in odd.iterdir()] == ["fuyou-store"]
+
+    @pytest.mark.parametrize("kind", ["io_uring", "threads"])
+    def test_too_few_descriptors_are_told_and_leave_nothing(self, nvme, kind):
+        folders = folders_in(nvme, 2)
+        Run(folders, kind=kind).close()  # what is imported at first use is imported
+        with contextlib.ExitStack() as after:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            used = os.open("/dev/null", os.O_RDONLY)
+            after.callback(os.close, used)
+            while used < max(map(int, os.listdir("/proc/self/fd"))) - 1:  # the limit is on the number of a descriptor
+                used = os.open("/dev/null", os.O_RDONLY)
+                after.callback(os.close, used)
+            told = 0
+            for more in range(1, 60):
+                book = Ledger({"device": 0, "host": 0, "nvme": 1 << 30})
+                store = Store([str(each) for each in folders], book)
+                store.place(4 * MIB, "optimizer", 2)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, hard))
+                try:
+                    store.start(lambda folder: (open_engine(kind), 0.0))
+                    store.open()
+                    enough = True
+                except FuyouError as error:
+                    enough = False
+                    assert "open files" in str(error)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                    store.close()
+                assert [list(each.iterdir()) for each in folders] == [[], []] and open_files(nvme) == []
+                assert book.held("nvme") == 0
+                if enough:
+                    break
+                told += 1
+            assert enough and told > 3  # every place where one can be missing was tried

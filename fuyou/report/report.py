@@ -20,7 +20,8 @@ class Report:
 
     def dict(self) -> dict[str, Any]:
         """`tiers.{device,host,nvme}.{budget_bytes,peak_bytes,reserve_bytes,by_category}`, `process`, `traffic`, `steps`,
-        `engine`, `notes`. `by_category` is what made up the tier's peak; `reserve_bytes` are torch's temporaries."""
+        `drives` (of each its folder, the bytes that it holds and has moved, its measured speed), `engine`, `notes`.
+        `by_category` is what made up the tier's peak; `reserve_bytes` are torch's temporaries."""
         return self._content
 
     def table(self) -> str:
@@ -48,6 +49,12 @@ class Report:
             f"host to device {format_bytes(traffic['host_to_device_bytes_per_step'])}, "
             f"device to host {format_bytes(traffic['device_to_host_bytes_per_step'])}."
         )
+        if len(self._content["drives"]) > 1:
+            lines += [
+                f"{each['folder']} holds {format_bytes(each['held_bytes'])}; so far read {format_bytes(each['read_bytes'])}, "
+                f"written {format_bytes(each['write_bytes'])}."
+                for each in self._content["drives"]
+            ]
         process = self._content["process"]
         lines.append(
             f"Process: {format_bytes(process['baseline_rss_bytes'])} resident after wrap, "

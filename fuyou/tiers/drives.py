@@ -65,24 +65,27 @@ class Drive:
 
     def preallocate(self, offset: int, nbytes: int) -> None:
         """Make the file reach over `nbytes` from `offset`. StoreError where the drive is full; its size is then as before."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if nbytes:
-                os.posix_fallocate(descriptor, offset, nbytes)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if nbytes:
+                    os.posix_fallocate(descriptor, offset, nbytes)
+            except OSError:
+                os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
+                raise
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            if error.errno not in _FULL:
-                code = error.errno or errno.EIO
+            code = error.errno or errno.EIO
+            if code not in _FULL:
                 raise StorageIOError(
                     code, f"cannot make {self.path} {nbytes} bytes longer: {os.strerror(code)}"
                 ) from error
-            os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
             free = shutil.disk_usage(self.folder).free
             raise StoreError(
                 f"The nvme folder {self.folder} has no room: {format_bytes(nbytes)} are needed and "
                 f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
             ) from error
-        finally:
-            os.close(descriptor)
 
     def shrink(self, nbytes: int) -> None:
         """Back to `nbytes`: what was placed beyond them is not used by anybody."""
