@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import fuyou
 from fuyou.cli import main
 from fuyou.tiers import shares
 from fuyou.tiers.folders import rooms_of
+from fuyou.tiers.io.tuning import default_tuning, remember
 
 MIB = 1 << 20
 
@@ -214,11 +217,37 @@ def in_a_process(script: str, *arguments: str) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
-def test_a_dry_run_says_what_each_drive_can_hold(tmp_path, capsys: pytest.CaptureFixture[str]):
+def measured(folder: Path, bytes_per_s: float) -> None:
+    """As if an earlier run had measured the drive, for every engine."""
+    for name in ("io_uring", "threads"):
+        remember(str(folder), name, replace(default_tuning(name), mixed_bytes_per_s=bytes_per_s))
+
+
+def test_a_run_stripes_by_the_speeds_that_were_measured(tmp_path, every_extent_is_cut):
+    with mounts.drives(tmp_path, fast=16 * MIB, slow=16 * MIB) as (fast, slow):
+        measured(fast, 3e9)
+        measured(slow, 1e9)
+        model, run = wrapped([fast, slow])
+        with run:
+            for _ in range(3):
+                step(model, run)
+            first, second = run.report().dict()["drives"]
+            assert (first["bytes_per_s"], second["bytes_per_s"]) == (3e9, 1e9)
+            for name in ("held_bytes", "read_bytes", "write_bytes"):
+                assert first[name] / (first[name] + second[name]) == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_dry_run_says_what_each_drive_is_to_do(tmp_path, capsys: pytest.CaptureFixture[str]):
     with mounts.drives(tmp_path, one=16 * MIB, two=32 * MIB) as (one, two):
         (tmp_path / "in").mkdir()
         job = write_job(make_inputs(tmp_path / "in"), tmp_path, **(SETTINGS | {"nvme": [str(one), str(two)]}))
-        assert main(["train", str(job), "--dry-run"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[1] for line in lines if line.startswith("drive ")] == [f"{one}:", f"{two}:"]
-        assert nothing_is_left(one, two)
+        for says in (
+            (r"not measured yet, takes 50%", r"not measured yet, takes 50%"),
+            (r"GiB/s, takes 75%", r"GiB/s, takes 25%"),
+        ):
+            assert main(["train", str(job), "--dry-run"]) == 0
+            lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drive ")]
+            for place, line, text in zip((one, two), lines, says, strict=True):
+                assert re.search(rf"drive +{place}: room for [\d.]+ MiB, .*{text}", line), line
+            measured(one, 3e9)
+            measured(two, 1e9)

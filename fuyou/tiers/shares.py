@@ -17,10 +17,10 @@ Piece = tuple[int, int]  # index of a drive, bytes
 class Shares:
     """Divides extents among drives, one after another, in proportion to what each drive is to hold in the end.
 
-    `speeds`: of each drive, in any one unit. `pools[i]` is the pool that drive i takes its room from, `room_bytes` what
-    each pool still has: folders on one file system are one pool. `placed_bytes`: what each drive holds already.
-    `total_bytes`: what is going to be divided; it decides which drives will be full, and their share is spread over the
-    others from the first extent on.
+    `speeds`: of each drive, in any one unit; where one is 0, not known, all count alike. `pools[i]` is the pool that drive
+    i takes its room from, `room_bytes` what each pool still has: folders on one file system are one pool. `placed_bytes`:
+    what each drive holds already. `total_bytes`: what is going to be divided; it decides which drives will be full, and
+    their share is spread over the others from the first extent on.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class Shares:
         self._placed = [nbytes // UNIT_BYTES for nbytes in placed_bytes]
         if sum(self._room) * UNIT_BYTES < total_bytes:
             raise StateError(f"{total_bytes} bytes cannot be divided over drives with room for {sum(room_bytes)}.")
+        if not all(speeds):
+            speeds = [1.0] * len(speeds)
         portions = spread(max(total_bytes // UNIT_BYTES, 1), speeds, self._pools, self._room)
         self._weights = [portion / sum(portions) for portion in portions] if any(portions) else [0.0] * len(speeds)
 

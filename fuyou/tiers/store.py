@@ -253,13 +253,11 @@ class Store:
         self._charged.append((extent.category, slots * extent.nbytes))
 
     def _shares(self, nbytes: int) -> Shares:
-        """How to divide `nbytes` more. Equal shares unless every drive's speed is known. BudgetError without the room."""
+        """How to divide `nbytes` more. BudgetError without the room."""
         rooms = rooms_of([drive.folder for drive in self._drives], reuse=False)
         refuse_without_room(nbytes, rooms.total_bytes, rooms)
-        speeds = [drive.bytes_per_s for drive in self._drives]
-        if not all(speeds):
-            speeds = [1.0] * len(speeds)
-        return Shares(speeds, rooms.pools, rooms.room_bytes, [drive.nbytes for drive in self._drives], nbytes)
+        speeds, placed = zip(*((drive.bytes_per_s, drive.nbytes) for drive in self._drives), strict=True)
+        return Shares(speeds, rooms.pools, rooms.room_bytes, placed, nbytes)
 
     def _lay(self, shares: Shares, nbytes: int, slots: int) -> list[Slot]:
         """Slots at the ends of the drives."""

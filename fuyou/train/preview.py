@@ -10,9 +10,11 @@ from torch import nn
 from fuyou.checkpoint.adapters import unwrapped
 from fuyou.core.sizes import format_bytes
 from fuyou.runtime.planned import Planned, plan_run
-from fuyou.tiers.folders import FOLDER, Rooms, memory_folders
+from fuyou.tiers.folders import FOLDER, memory_folders
 from fuyou.tiers.io import open_engine
+from fuyou.tiers.io.tuning import remembered
 from fuyou.tiers.lock import FolderLock
+from fuyou.tiers.shares import Shares
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.loop import epoch_count, step_count
@@ -46,7 +48,7 @@ def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCon
             "nvme",
             f"{format_bytes(plan.nvme_bytes)} of {format_bytes(planned.nvme_limit_bytes)}" if config.nvme else "none",
         ),
-        *(("drive", text) for text in _drives(planned.rooms)),
+        *(("drive", text) for text in _drives(planned, config.io)),
         ("output", config.output),
         *(("note", f"{folder} is on a {kind}: its bytes are RAM") for folder, kind in in_memory.items()),
         *(("note", f"{', '.join(each)} share a file system, its room and its speed") for each in planned.rooms.shared),
@@ -54,13 +56,19 @@ def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCon
     return "\n".join([*(f"{name:<15}{value}" for name, value in rows), "dry run: nothing was trained or written."])
 
 
-def _drives(rooms: Rooms) -> list[str]:
-    """Of several drives, what each can hold."""
+def _drives(planned: Planned, io: str) -> list[str]:
+    """Of several drives, what each can hold, how fast it was when it was last measured, and its share of the bytes."""
+    rooms = planned.rooms
     if len(rooms.folders) < 2:
         return []
+    with open_engine(io) as engine:
+        found = [remembered(folder, engine.name) for folder in rooms.folders]
+    speeds = [each.mixed_bytes_per_s if each is not None else 0.0 for each in found]
+    shares = Shares(speeds, rooms.pools, rooms.room_bytes, [0] * len(speeds), planned.plan.nvme_bytes).weights
     return [
-        f"{folder}: room for {format_bytes(rooms.room_bytes[pool])}"
-        for folder, pool in zip(rooms.folders, rooms.pools, strict=True)
+        f"{folder}: room for {format_bytes(rooms.room_bytes[pool])}, "
+        f"{f'{format_bytes(speed)}/s' if speed else 'not measured yet'}, takes {share:.0%}"
+        for folder, pool, speed, share in zip(rooms.folders, rooms.pools, speeds, shares, strict=True)
     ]
 
 
