@@ -243,7 +243,7 @@ def test_a_dry_run_says_what_each_drive_is_to_do(tmp_path, capsys: pytest.Captur
         job = write_job(make_inputs(tmp_path / "in"), tmp_path, **(SETTINGS | {"nvme": [str(one), str(two)]}))
         for says in (
             (r"not measured yet, takes 50%", r"not measured yet, takes 50%"),
-            (r"GiB/s, takes 75%", r"GiB/s, takes 25%"),
+            (r"iB/s, takes 75%", r"iB/s, takes 25%"),
         ):
             assert main(["train", str(job), "--dry-run"]) == 0
             lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drive ")]
