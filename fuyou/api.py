@@ -16,7 +16,7 @@ from fuyou.checkpoint.pretrained import export_pretrained
 from fuyou.checkpoint.source import MemberSource
 from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
-from fuyou.core.errors import ConfigError, StateError
+from fuyou.core.errors import ConfigError, DeadlineError, StateError
 from fuyou.core.sizes import format_bytes
 from fuyou.plan.planner import Plan
 from fuyou.report import Report
@@ -189,7 +189,8 @@ class Run:
 
         Weights, gradients and optimizer state that do not fit into free memory are not given back: the weights are
         written to the nvme folder as Hugging Face's layout, and a warning says where. Idempotent; a forked child's call
-        does nothing.
+        does nothing. DeadlineError where a drive does not answer: the run is still open then, and close() may be called
+        again when it does.
         """
         if os.getpid() != self._pid:
             return
@@ -202,17 +203,22 @@ class Run:
                 warnings.warn(self._schedule.torn, stacklevel=2)
             self._hand_back()
             self.optimizer.state.close()
+        except DeadlineError:
+            raise
         except BaseException as error:
             self._away.refuse_from_now(f"The run could not give the weights back when it closed: {error}")
+            self._take_down()
             raise
+        self._take_down()
+
+    def _take_down(self) -> None:
+        self._open = False
+        self._installation.remove()
+        self._ledger.discharge("device", "weights", self._buffer_bytes)
+        try:
+            self._close_movers()
         finally:
-            self._open = False
-            self._installation.remove()
-            self._ledger.discharge("device", "weights", self._buffer_bytes)
-            try:
-                self._close_movers()
-            finally:
-                self._tiers.close()
+            self._tiers.close()
 
     # Building ---------------------------------------------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class Run:
     def _install(self) -> None:
         """The point of no return: parameters go away, their memory is freed, hooks are on."""
         self._members = {id(member.parameter): member for unit in self._units for member in unit.members}
+        self._handed_back: set[Member] = set()  # by a close that was not finished
         for unit in self._units:
             self._swapper.adopt(unit)
             had = {member: member.parameter.grad for member in unit.members}
@@ -288,13 +295,14 @@ class Run:
 
     def _hand_back(self) -> None:
         """Weights, gradients and state as ordinary tensors, as far as free memory goes."""
-        weights = sum(unit.nbytes for unit in self._units)
+        members = [member for member in self._members.values() if member not in self._handed_back]
+        weights = sum(member.entry.count * member.unit.dtype.itemsize for member in members)
         gradients = sum(
             member.entry.count * member.unit.dtype.itemsize
-            for member in self._members.values()
+            for member in members
             if isinstance(member.parameter.grad, GradientHandle)
         )
-        state = sum(8 * member.entry.count for member in self._members.values() if member.step)
+        state = sum(8 * member.entry.count for member in members if member.step)
         free = free_host_bytes() * 0.95
         if weights + gradients > free:
             self._leave_on_disk(weights)
@@ -307,8 +315,9 @@ class Run:
                 stacklevel=4,
             )
         self._swapper.drop_all()
-        for member in self._members.values():
+        for member in members:
             self._hand_back_member(member, with_state)
+            self._handed_back.add(member)
 
     def _hand_back_member(self, member: Member, with_state: bool) -> None:
         parameter, dtype = member.parameter, member.parameter.dtype

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.sizes import format_bytes
@@ -60,6 +61,15 @@ class Ledger:
                     f"give back {nbytes}: something was released twice."
                 )
             self._held[tier][category] -= nbytes
+
+    @contextlib.contextmanager
+    def discharged_on_error(self, tier: str, category: str, nbytes: int) -> Iterator[None]:
+        """What was charged for something goes with it where the bytes cannot be had, or taken to their home."""
+        try:
+            yield
+        except BaseException:
+            self.discharge(tier, category, nbytes)
+            raise
 
     def set_reserve(self, tier: str, nbytes: int, *, refuse: bool) -> None:
         """With `refuse`, BudgetError where the tier's total passes its budget with it."""

@@ -92,12 +92,13 @@ class Gradients:
             self._charge_leaving(nbytes, member)
             gradient = old if old is not None and old.current else Gradient(member)
             new = new.detach().contiguous()
-            if old is not None:
-                self._add(new, old)
-            gradient.scales.clear()
-            gradient.zero = False
-            gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
-            self._leaving.append((self._write(member, new), nbytes))
+            with self._ledger.discharged_on_error("device", "gradients", nbytes):
+                if old is not None:
+                    self._add(new, old)
+                gradient.scales.clear()
+                gradient.zero = False
+                gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
+                self._leaving.append((self._write(member, new), nbytes))
             self._present[member] = gradient
             self._discharge_left()
             return gradient
@@ -220,15 +221,16 @@ class Gradients:
             if not (self._send_oldest_home() or self._drop_idle()):
                 self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
                 break
-        value = torch.zeros(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
-        if not gradient.zero:
-            flat = value.view(-1)
-            for chunk in chunks_of(member):
-                first, last, _ = overlap(member, chunk)
-                flat[first - member.entry.start : last - member.entry.start].copy_(self._part(member, chunk))
-            for scale in gradient.scales:
-                value.mul_(scale)
-        return value
+        with self._ledger.discharged_on_error("device", "gradients", nbytes):
+            value = torch.zeros(member.entry.shape, dtype=member.unit.dtype, device=member.unit.device)
+            if not gradient.zero:
+                flat = value.view(-1)
+                for chunk in chunks_of(member):
+                    first, last, _ = overlap(member, chunk)
+                    flat[first - member.entry.start : last - member.entry.start].copy_(self._part(member, chunk))
+                for scale in gradient.scales:
+                    value.mul_(scale)
+            return value
 
     def _add(self, new: torch.Tensor, old: Gradient) -> None:
         """new += old: the same bits as old + new."""
@@ -324,7 +326,11 @@ class Gradients:
             raise MemoryError(f"no staging for {what}")  # stage(wait=True) waits or raises
         members = {member for member, _, _ in chunk.parts}
         if gradient.written and any(member in self._present for member in members):
-            staging.load().wait()
+            try:
+                staging.load().wait()
+            except BaseException:
+                staging.release()
+                raise
         opened = self._open[chunk] = _Open(staging, members)
         return opened
 

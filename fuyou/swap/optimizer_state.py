@@ -63,8 +63,7 @@ class UpdateStream:
                 self._writes.put(staging.store(0, 1), staging)
                 loading.popleft()  # last: whatever interrupts, a staging is here or with the writes
         finally:
-            for _, staging, loaded in loading:  # only after an error: no buffer is given back under a read
-                _settle(loaded)
+            for _, staging, _ in loading:  # only after an error
                 staging.release()
 
     def _apply(self, chunk: Chunk, staging: Staging, updates: dict[Member, MemberUpdate]) -> None:
@@ -268,10 +267,3 @@ def _parts_of(whole: torch.Tensor, member: Member) -> Iterator[torch.Tensor]:
     for chunk in chunks_of(member):
         first, last, _ = overlap(member, chunk)
         yield whole[first - member.entry.start : last - member.entry.start]
-
-
-def _settle(ticket: Ticket) -> None:
-    try:
-        ticket.wait()
-    except Exception:
-        return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fuyou.core.errors import DeadlineError
 from fuyou.core.sizes import align_up
 from fuyou.core.ticket import DONE, AllOf, Ticket
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
@@ -44,14 +45,15 @@ class Staging:
     """Host views of several ranges: those on NVMe side by side in one lease, those on the host where they are.
 
     `views[i]` is range i as a (nbytes,) uint8 host tensor. Load before reading them, store after changing them, and
-    release when the tickets of both are done.
+    release when the tickets of both are done, or when one has failed: the host memory then goes back when all have ended.
     """
 
-    __slots__ = ("_lease", "ranges", "views")
+    __slots__ = ("_lease", "_moves", "ranges", "views")
 
     def __init__(self, ranges: Sequence[Range], lease: Lease | None) -> None:
         self.ranges = tuple(ranges)
         self._lease = lease
+        self._moves: list[Ticket] = []
         self.views: list[torch.Tensor] = []
         offset = 0
         for each in self.ranges:
@@ -76,15 +78,17 @@ class Staging:
     def release(self) -> None:
         if self._lease is not None:
             self.views.clear()
-            self._lease.release()
-            self._lease = None
+            lease, self._lease = self._lease, None
+            lease.release_after(self._moves)
 
     def _move(self, index: int, kind: str) -> Ticket:
         home = self.ranges[index].home
         if isinstance(home, Lease):
             return DONE
         start = home.read if kind == "read" else home.write
-        return start(self.views[index].data_ptr(), self._lease)
+        ticket = start(self.views[index].data_ptr(), self._lease)
+        self._moves.append(ticket)
+        return ticket
 
 
 class WriteBehind:
@@ -128,17 +132,20 @@ class WriteBehind:
     def drain(self) -> None:
         """Every write done, or the first error raised; the memory is given back in both cases."""
         error: BaseException | None = None
+        timeout_s: float | None = None
         while self._pending:
             try:
-                self._retire_oldest()
+                self._retire_oldest(timeout_s)
             except Exception as failure:
                 error = error or failure
+                if isinstance(failure, DeadlineError):
+                    timeout_s = 0.0  # one deadline for a drive that does not answer, not one for each write
         if error is not None:
             raise error
 
-    def _retire_oldest(self) -> None:
+    def _retire_oldest(self, timeout_s: float | None = None) -> None:
         written, staging = self._pending.popleft()
         try:
-            written.wait()
+            written.wait(timeout_s)
         finally:
             staging.release()

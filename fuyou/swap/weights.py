@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from fuyou.core.errors import BudgetError, StateError
+from fuyou.core.errors import BudgetError, DeadlineError, StateError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DONE, Ticket
@@ -56,6 +57,8 @@ class Swapper:
         # The worker's own: a fetch can then never wait for memory that its waiter holds.
         self._buffers = [arena.lease(buffer_bytes, "staging") for _ in range(BUFFERS)] if buffer_bytes else []
         self._buffer_copies: list[Ticket] = [DONE] * BUFFERS
+        self._buffer_moves: list[Ticket] = [DONE] * BUFFERS  # the last read or write of each, ended or not
+        self._loads: dict[Unit, Loading] = {}
 
     def adopt(self, unit: Unit) -> None:
         """Take charge of a packed unit."""
@@ -83,7 +86,8 @@ class Swapper:
                 self._resident_bytes += unit.nbytes
             unit.residency = Residency.LOADING
             ready = self._device.mark()  # the copies wait for the kernels that used this memory before
-            unit.arrival = self._inbound.submit(lambda: self._load(unit, ready), f"the weights of {unit.name}")
+            loading = self._loads[unit] = Loading()
+            unit.arrival = self._inbound.submit(lambda: self._load(unit, ready, loading), f"the weights of {unit.name}")
             return True
 
     def get(self, unit: Unit) -> None:
@@ -97,7 +101,7 @@ class Swapper:
                 unit.arrival.wait()
             except BaseException:
                 unit.users -= 1
-                self._drop(unit)
+                self._drop(unit)  # without waiting for it once more
                 raise
             self._device.join(unit.copied)
             unit.residency = Residency.IN_USE
@@ -151,11 +155,12 @@ class Swapper:
 
     def close(self) -> None:
         self.drop_all()
-        for buffer in self._buffers:
-            buffer.release()
+        for buffer, move in zip(self._buffers, self._buffer_moves, strict=False):
+            buffer.release_after([move])
         self._buffers = []
         self._by_storage.clear()
         self._own_references.clear()
+        self._loads.clear()
 
     # Reading and writing single parameters, through the same worker and its buffers ---------------------------------
 
@@ -186,7 +191,12 @@ class Swapper:
                     target = weights.view(member.unit.dtype)[at : at + last - first]
                     target.copy_(source[first - member.entry.start : last - member.entry.start])
                     if not chunk.weights.on_host:
-                        chunk.weights.home.write(weights.data_ptr(), weights).wait()  # type: ignore[union-attr]
+                        written = chunk.weights.home.write(weights.data_ptr(), weights)  # type: ignore[union-attr]
+                        turn = next(
+                            index for index, each in enumerate(self._buffers) if each.address == weights.data_ptr()
+                        )
+                        self._buffer_moves[turn] = written
+                        written.wait()
 
         self.invalidate(member.unit)
         source = source.cpu()  # behind the kernels that make it
@@ -205,33 +215,49 @@ class Swapper:
                 return
             turn = index % BUFFERS
             self._buffer_copies[turn].wait()  # its last copy to the device has ended
+            self._end_move(turn)
             view = self._buffers[turn].data[: weights.nbytes]
-            reads[index] = (view, weights.home.read(view.data_ptr(), self._buffers[turn]))  # type: ignore[union-attr]
+            read = weights.home.read(view.data_ptr(), self._buffers[turn])  # type: ignore[union-attr]
+            self._buffer_moves[turn] = read
+            reads[index] = (view, read)
 
-        try:
-            for index, chunk in enumerate(chunks):
-                if index not in reads:
-                    start(index)
-                view, read = reads[index]
-                read.wait()
-                # The other buffer was handed out one chunk ago, and its user is done with it (or left a ticket).
-                if index + 1 < len(chunks):
-                    start(index + 1)
-                yield chunk, view
-                del reads[index]
-        finally:
-            for _, read in reads.values():  # an error above: nobody may reuse a buffer that is being read into
-                _settle(read)
+        for index, chunk in enumerate(chunks):
+            if index not in reads:
+                start(index)
+            view, read = reads[index]
+            read.wait()
+            # The other buffer was handed out one chunk ago, and its user is done with it (or left a ticket).
+            if index + 1 < len(chunks):
+                start(index + 1)
+            yield chunk, view
+            del reads[index]
 
-    def _load(self, unit: Unit, ready: torch.cuda.Event | None) -> None:
+    def _end_move(self, turn: int) -> None:
+        """The last read or write of a buffer has ended, well or not: long ago, but after an error or a deadline."""
+        move, until = self._buffer_moves[turn], time.monotonic() + self._device.deadline_s
+        while not move.done():
+            try:
+                move.wait()
+            except DeadlineError:
+                raise
+            except Exception as error:  # the error of the writer before a read, which itself may not have ended
+                if time.monotonic() > until:
+                    raise DeadlineError(
+                        f"A staging buffer for weights is still in use after an error: {error}"
+                    ) from error
+                time.sleep(1e-3)
+
+    def _load(self, unit: Unit, ready: torch.cuda.Event | None, loading: Loading) -> None:
         with self._device.guard():
-            copied: Ticket = DONE
             for index, (chunk, weights) in enumerate(self._chunks(unit.chunks)):
-                size = self.flat_slice(unit, chunk)
-                copied = self._device.copy_in(size, weights[: size.numel()], ready)
+                with loading.lock:
+                    if loading.cancelled:
+                        return
+                    target = self.flat_slice(unit, chunk)
+                    copied = self._device.copy_in(target, weights[: target.numel()], ready)
+                    unit.copied = copied  # under the lock: who cancels orders the memory behind it
                 if not chunk.weights.on_host:
                     self._buffer_copies[index % BUFFERS] = copied
-            unit.copied = copied
 
     @staticmethod
     def flat_slice(unit: Unit, chunk: Chunk) -> torch.Tensor:
@@ -277,8 +303,10 @@ class Swapper:
 
     def _drop(self, unit: Unit) -> None:
         """→ ABSENT. The memory goes too, a pinned unit's excepted."""
-        if unit.residency is Residency.LOADING:
-            _settle(unit.arrival)  # its error belongs to a get, and there will be none
+        if unit.residency is Residency.LOADING:  # its error belongs to a get, and there will be none
+            loading = self._loads[unit]
+            with loading.lock:  # a copy that has begun ends first; none begins later
+                loading.cancelled = True
         if unit.residency is Residency.IN_USE:
             self._unbind(unit)
         self._device.join(unit.copied)  # the memory is freed in compute-stream order, so behind the copies
@@ -291,8 +319,11 @@ class Swapper:
         self._ledger.discharge("device", "weights", unit.nbytes)
 
 
-def _settle(ticket: Ticket) -> None:
-    try:
-        ticket.wait()
-    except Exception:
-        return
+class Loading:
+    """One fetch on its way. Cancelled, it copies no further: the unit's memory is somebody else's from then on."""
+
+    __slots__ = ("cancelled", "lock")
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.lock = threading.Lock()

@@ -7,16 +7,18 @@ import mmap
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
 from fuyou.core.errors import BudgetError, DeadlineError, StateError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up, format_bytes
-from fuyou.core.ticket import DEADLINE_S
+from fuyou.core.ticket import DEADLINE_S, Ticket
 
 PAGE_BYTES = 4096
 HUGE_BYTES = 2 << 20  # of x86-64, and of arm64 with 4 KiB pages
+LATE_POLL_S = 0.05  # nobody tells an arena that an operation has ended
 
 
 class Lease:
@@ -41,6 +43,13 @@ class Lease:
         arena, self._arena = self._arena, None
         arena.give_back(self)
 
+    def release_after(self, tickets: Sequence[Ticket]) -> None:
+        """`release`, now or when the last of `tickets` has ended: nobody else may get bytes that a drive still moves."""
+        if all(ticket.done() for ticket in tickets):
+            self.release()
+        elif self._arena is not None:
+            self._arena.keep_until(tickets, self)
+
 
 class Arena:
     """One anonymous mapping of exactly `nbytes` (rounded up to a page), sub-allocated first-fit.
@@ -60,6 +69,7 @@ class Arena:
         self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), sorted, never adjacent
         self._changed = threading.Condition()
         self._leases = 0
+        self._late: list[tuple[tuple[Ticket, ...], Lease]] = []  # released, but operations move their bytes
         self._held: Counter[str] = Counter()  # bytes by category, for a message
         self._deadline_s = deadline_s
         self._map: mmap.mmap | None = _map(self.nbytes)
@@ -70,11 +80,25 @@ class Arena:
 
     @property
     def lease_count(self) -> int:
+        self.reap()
         return self._leases
+
+    def keep_until(self, tickets: Sequence[Ticket], lease: Lease) -> None:
+        """Called by Lease.release_after only."""
+        with self._changed:
+            self._late.append((tuple(tickets), lease))
+
+    def reap(self) -> None:
+        """Take back what was released under operations that have ended by now."""
+        with self._changed:
+            late, self._late = self._late, []
+            for tickets, lease in late:
+                lease.release_after(tickets)
 
     def try_lease(self, nbytes: int, category: str) -> Lease | None:
         """A lease where a free range is large enough now, else None."""
         with self._changed:
+            self.reap()
             return self._take(nbytes, category)
 
     def lease(self, nbytes: int, category: str, what: str = "", timeout_s: float | None = None) -> Lease:
@@ -89,8 +113,9 @@ class Arena:
         timeout_s = self._deadline_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while (lease := self._take(nbytes, category)) is None:
-                if not self._changed.wait(deadline - time.monotonic()):
+            while (lease := self.try_lease(nbytes, category)) is None:
+                left = deadline - time.monotonic()
+                if not self._changed.wait(min(left, LATE_POLL_S) if self._late else left) and left <= LATE_POLL_S:
                     raise DeadlineError(
                         f"Waited {timeout_s:g} s for {format_bytes(nbytes)} of host memory for {what or category}: "
                         f"{self._leases} leases hold the {format_bytes(self.nbytes)} arena ({self._holders()}) and not "
@@ -121,6 +146,7 @@ class Arena:
         """Give the pages back to the system, whoever still holds a view. Idempotent."""
         if self._map is None:
             return
+        self.reap()
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
         self._map.madvise(mmap.MADV_DONTNEED)  # a view that outlives us reads zeros, and costs nothing
