@@ -58,9 +58,9 @@ def small_pieces(kind: str) -> Engine:
     return NativeEngine(kind, tuning=Tuning(piece_bytes=8192, queue_depth=3, burst_bytes=16384))
 
 
-def open_or_skip(kind: str, *, small: bool = False) -> Engine:
+def open_or_skip(kind: str, *, small: bool = False, tuning: Tuning | None = None) -> Engine:
     try:
-        return small_pieces(kind) if small else open_engine(kind)
+        return small_pieces(kind) if small else open_engine(kind, tuning=tuning)
     except (ConfigError, OSError, ImportError) as error:
         pytest.skip(f"no {kind} engine on this machine: {error}")
 
@@ -590,6 +590,27 @@ def test_more_than_a_gigabyte_is_registered_in_parts(tmp_path: Path) -> None:
     engine.write(file, 0, memory.address + edge, MIB).wait()  # over the edge between two registered buffers
     assert Path(file.path).read_bytes() == memory.map[edge : edge + MIB]
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+@pytest.mark.parametrize("flood", ["read", "write"])
+def test_neither_reads_nor_writes_starve_behind_a_flood_of_the_other(kind: str, flood: str, tmp_path: Path) -> None:
+    """What comes last, behind 128 MiB of the other kind, ends before they do: it waits for a burst, not for all."""
+    tuning = Tuning(piece_bytes=MIB // 4, queue_depth=2, burst_bytes=MIB)
+    with open_or_skip(kind, tuning=tuning) as engine:
+        file = engine.open(tmp_path / "data")
+        memory, other = Memory(16 * MIB, os.urandom(16 * MIB)), Memory(MIB, os.urandom(MIB))
+        engine.write(file, 0, memory.address, 16 * MIB).wait()
+        engine.write(file, 16 * MIB, other.address, MIB).wait()
+        expected = memory.bytes()
+        start, last = (engine.read, engine.write) if flood == "read" else (engine.write, engine.read)
+        flooding = [start(file, part * MIB, memory.address + part * MIB, MIB) for _ in range(8) for part in range(16)]
+        late = last(file, 16 * MIB, other.address, MIB)
+        late.wait()
+        assert not flooding[-1].done()
+        for ticket in flooding:
+            ticket.wait()
+    assert (tmp_path / "data").read_bytes() == expected + other.bytes()
 
 
 # ---- the queue's handling of results that no drive gives on request

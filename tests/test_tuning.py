@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuyou.core.errors import ConfigError
 from fuyou.core.ledger import Ledger
 from fuyou.tiers.host import HUGE_BYTES, PAGE_BYTES, Arena
 from fuyou.tiers.io import choose, measure, open_for_drive
@@ -93,7 +94,16 @@ class TestRemembering:
         assert remembered(str(tmp_path), "io_uring") == TUNING
 
 
-@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+@pytest.fixture(params=["io_uring", "threads"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A native engine that this machine has."""
+    try:
+        choose.open_engine(request.param).close()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
 class TestMeasuring:
     def test_a_drive_is_measured_once(
         self, kind: str, tmp_path: Path, arena: Arena, short: None, monkeypatch: pytest.MonkeyPatch

@@ -96,34 +96,42 @@ def _scratch(folder: str) -> Iterator[str]:
 
 
 def throughput(
-    engine: Engine, file: File, mode: Mode, address: int, nbytes: int, seconds: float, *, least_bytes: int = 0
+    engine: Engine,
+    file: File,
+    mode: Mode,
+    address: int,
+    nbytes: int,
+    seconds: float,
+    *,
+    operation_bytes: int = OPERATION_BYTES,
+    least_bytes: int = 0,
 ) -> float:
     """Bytes a second of `mode` over `file`, with as many operations under way as [address, address + nbytes) holds.
 
     Starts operations for `seconds`, and until `least_bytes` have been started; what is under way then is waited for and
     counted. Reads run through the file from its start, writes from its middle, round and round.
     """
-    places = file.size_bytes // OPERATION_BYTES
+    places = file.size_bytes // operation_bytes
     position = {"read": 0, "write": places // 2}
-    free = [address + index * OPERATION_BYTES for index in range(nbytes // OPERATION_BYTES)]
-    under_way: deque[tuple[int, Ticket]] = deque()
+    free = [address + index * operation_bytes for index in range(nbytes // operation_bytes)]
+    under_way: dict[str, deque[tuple[int, Ticket]]] = {"read": deque(), "write": deque()}  # each ends in its order
     started = 0
     began = time.perf_counter()
     while True:
-        while free and (time.perf_counter() - began < seconds or started * OPERATION_BYTES < least_bytes):
+        while free and (time.perf_counter() - began < seconds or started * operation_bytes < least_bytes):
             kind = ("read", "write")[started % 2] if mode == "mixed" else mode
             start = engine.read if kind == "read" else engine.write
             memory = free.pop()
-            under_way.append((memory, start(file, position[kind] % places * OPERATION_BYTES, memory, OPERATION_BYTES)))
+            ticket = start(file, position[kind] % places * operation_bytes, memory, operation_bytes)
+            under_way[kind].append((memory, ticket))
             position[kind] += 1
             started += 1
-        if not under_way:
-            return started * OPERATION_BYTES / (time.perf_counter() - began)
-        under_way[0][1].wait()
-        for _ in range(len(under_way)):  # bursts of a kind end out of order
-            memory, ticket = under_way.popleft()
-            if ticket.done():
+        waiting = [line for line in under_way.values() if line]
+        if not waiting:
+            return started * operation_bytes / (time.perf_counter() - began)
+        max(waiting, key=len)[0][1].wait()  # the longer line's: the other's turn may be over already
+        for line in waiting:
+            while line and line[0][1].done():
+                memory, ticket = line.popleft()
                 ticket.wait()  # raises what went wrong
                 free.append(memory)
-            else:
-                under_way.append((memory, ticket))
