@@ -21,6 +21,7 @@ struct Avx2Lanes {
     static constexpr size_t width = 8;
     using F = __m256;
     using U = __m256i;
+    using M = __m256i;
 
     static FUYOU_INLINE F set(float x) { return _mm256_set1_ps(x); }
     static FUYOU_INLINE U set_bits(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
@@ -29,10 +30,20 @@ struct Avx2Lanes {
     static FUYOU_INLINE U load_u16(const uint16_t* p) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
-    static FUYOU_INLINE void store_u16(uint16_t* p, U x) {
-        const U packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0xd8);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    static FUYOU_INLINE U load_i16(const uint16_t* p) {
+        return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static FUYOU_INLINE __m128i low_halves(U x) {
+        const U order = _mm256_set_epi64x(0, 0x0d0c090805040100, 0, 0x0d0c090805040100);
+        return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, order), 0x08));
+    }
+    static FUYOU_INLINE void store_u16(uint16_t* p, U x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(x));
+    }
+    static FUYOU_INLINE void stream_u16(uint16_t* p, U x) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), low_halves(x));
+    }
+    static FUYOU_INLINE void stream_end() { _mm_sfence(); }
     static FUYOU_INLINE U bits(F x) { return _mm256_castps_si256(x); }
     static FUYOU_INLINE F floats(U x) { return _mm256_castsi256_ps(x); }
     static FUYOU_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -53,8 +64,12 @@ struct Avx2Lanes {
     static FUYOU_INLINE U shift_right(U a) {
         return _mm256_srli_epi32(a, N);
     }
-    static FUYOU_INLINE U if_greater(U a, U b, U x, U y) { return _mm256_blendv_epi8(y, x, _mm256_cmpgt_epi32(a, b)); }
-    static FUYOU_INLINE U if_equal(U a, U b, U x, U y) { return _mm256_blendv_epi8(y, x, _mm256_cmpeq_epi32(a, b)); }
+    static FUYOU_INLINE F taint(F sum, F x) { return _mm256_fmadd_ps(x, _mm256_setzero_ps(), sum); }
+    static FUYOU_INLINE M equal(U a, U b) { return _mm256_cmpeq_epi32(a, b); }
+    static FUYOU_INLINE M is_nan(F a) { return _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+    static FUYOU_INLINE M either(M a, M b) { return _mm256_or_si256(a, b); }
+    static FUYOU_INLINE bool any(M m) { return _mm256_testz_si256(m, m) == 0; }
+    static FUYOU_INLINE U select(M m, U x, U y) { return _mm256_blendv_epi8(y, x, m); }
 };
 
 }  // namespace

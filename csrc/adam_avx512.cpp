@@ -25,6 +25,7 @@ struct Avx512Lanes {
     static constexpr size_t width = 16;
     using F = __m512;
     using U = __m512i;
+    using M = __mmask16;
 
     static FUYOU_INLINE F set(float x) { return _mm512_set1_ps(x); }
     static FUYOU_INLINE U set_bits(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -33,9 +34,16 @@ struct Avx512Lanes {
     static FUYOU_INLINE U load_u16(const uint16_t* p) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static FUYOU_INLINE U load_i16(const uint16_t* p) {
+        return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
     static FUYOU_INLINE void store_u16(uint16_t* p, U x) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
     }
+    static FUYOU_INLINE void stream_u16(uint16_t* p, U x) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+    }
+    static FUYOU_INLINE void stream_end() { _mm_sfence(); }
     static FUYOU_INLINE U bits(F x) { return _mm512_castps_si512(x); }
     static FUYOU_INLINE F floats(U x) { return _mm512_castsi512_ps(x); }
     static FUYOU_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -56,12 +64,12 @@ struct Avx512Lanes {
     static FUYOU_INLINE U shift_right(U a) {
         return _mm512_srli_epi32(a, N);
     }
-    static FUYOU_INLINE U if_greater(U a, U b, U x, U y) {
-        return _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a, b), y, x);
-    }
-    static FUYOU_INLINE U if_equal(U a, U b, U x, U y) {
-        return _mm512_mask_blend_epi32(_mm512_cmpeq_epi32_mask(a, b), y, x);
-    }
+    static FUYOU_INLINE F taint(F sum, F x) { return _mm512_fmadd_ps(x, _mm512_setzero_ps(), sum); }
+    static FUYOU_INLINE M equal(U a, U b) { return _mm512_cmpeq_epi32_mask(a, b); }
+    static FUYOU_INLINE M is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+    static FUYOU_INLINE M either(M a, M b) { return static_cast<M>(a | b); }
+    static FUYOU_INLINE bool any(M m) { return m != 0; }
+    static FUYOU_INLINE U select(M m, U x, U y) { return _mm512_mask_blend_epi32(m, y, x); }
 };
 
 }  // namespace

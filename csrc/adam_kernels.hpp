@@ -19,6 +19,10 @@
 // bits. hi is the upper half of the master, plus one if it was rounded up, which lo tells except for an exact tie
 // (lo == 0x8000): then the sign bit of exp_avg_sq, never negative, is set if it was rounded up. A NaN is kept as a
 // quiet bf16 NaN with lo == 0, so it comes back as a NaN, though its low payload bits do not.
+//
+// [Note: non-finite gradients] Every step tells whether any element of the gradient, after its scales, was infinite or
+// NaN; the update is the same either way, as torch's is. Each vector's gradient times zero is added up: a sum of zeros,
+// or NaN for good. One instruction a vector, lost in the wait for memory.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +30,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "adam_threads.hpp"
 
 namespace fuyou {
 
@@ -58,6 +64,16 @@ struct Fp32Range {
     const float* grad;
 };
 
+// fp32 state, bf16 gradient, and a bf16 compute copy that is written and never read.
+struct CopyRange {
+    float* param;
+    uint16_t* copy;
+    float* exp_avg;
+    float* exp_avg_sq;
+    const uint16_t* grad;
+    bool stream;  // write `copy` past the caches; chosen by adam_step(), wants it at a multiple of 32 bytes
+};
+
 // bf16 compute copy, split master and bf16 gradient. See [Note: split master].
 struct SplitRange {
     uint16_t* hi;
@@ -74,11 +90,13 @@ struct MasterRange {
     float* exp_avg_sq;  // only its sign bit is used
 };
 
-// One vector path. Each function treats elements [begin, end); those from `tail_begin` on by the tail formula.
+// One vector path. Each function treats elements [begin, end), begin a multiple of 16; those from `tail_begin` on by
+// the tail formula. A step returns whether the gradient held anything that is not finite.
 struct AdamPath {
     const char* name;
-    void (*fp32)(const Fp32Range&, const AdamCoefficients&, size_t begin, size_t end, size_t tail_begin);
-    void (*split)(const SplitRange&, const AdamCoefficients&, size_t begin, size_t end, size_t tail_begin);
+    bool (*fp32)(const Fp32Range&, const AdamCoefficients&, size_t begin, size_t end, size_t tail_begin);
+    bool (*copy)(const CopyRange&, const AdamCoefficients&, size_t begin, size_t end, size_t tail_begin);
+    bool (*split)(const SplitRange&, const AdamCoefficients&, size_t begin, size_t end, size_t tail_begin);
     void (*split_master)(const MasterRange&, size_t begin, size_t end);
     void (*merge_master)(const MasterRange&, size_t begin, size_t end);
 };
@@ -95,10 +113,15 @@ std::vector<const AdamPath*> adam_paths();
 // The path of that name, or the best one for "auto". Throws std::invalid_argument naming those there are.
 const AdamPath& adam_path(const std::string& name);
 
-// Each runs on `threads` threads (fewer for a short range) and returns when all of the range is done.
-void adam_fp32(const Fp32Range&, size_t count, size_t tail, const AdamCoefficients&, int threads, const AdamPath&);
-void adam_split(const SplitRange&, size_t count, size_t tail, const AdamCoefficients&, int threads, const AdamPath&);
-void adam_split_master(const MasterRange&, size_t count, int threads, const AdamPath&);
-void adam_merge_master(const MasterRange&, size_t count, int threads, const AdamPath&);
+// Each runs on `threads` (fewer for a short range, or where the system gives none) and returns when all of the range is
+// done. See [Note: non-finite gradients] for what a step returns.
+bool adam_step(const Fp32Range&, size_t count, size_t tail, const AdamCoefficients&, const AdamThreads&,
+               const AdamPath&);
+bool adam_step(const CopyRange&, size_t count, size_t tail, const AdamCoefficients&, const AdamThreads&,
+               const AdamPath&);
+bool adam_step(const SplitRange&, size_t count, size_t tail, const AdamCoefficients&, const AdamThreads&,
+               const AdamPath&);
+void adam_split_master(const MasterRange&, size_t count, const AdamThreads&, const AdamPath&);
+void adam_merge_master(const MasterRange&, size_t count, const AdamThreads&, const AdamPath&);
 
 }  // namespace fuyou

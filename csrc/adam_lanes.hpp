@@ -3,8 +3,10 @@
 // an unnamed namespace and calls no inline function of the standard library, so that the linker cannot merge code
 // built for one instruction set into another path.
 //
-// A Lanes type has `width`, `F` (floats), `U` (32-bit integers) and the operations used below; each float operation
-// rounds once.
+// A Lanes type has `width`, `F` (floats), `U` (32-bit integers), `M` (one truth a lane) and the operations used below.
+// Each float operation rounds once; store_u16 and stream_u16 take the low halves;
+// stream_u16 wants a multiple of 2 * width bytes, and stream_end() before anyone else reads; `taint` is `sum` where `x`
+// is finite, else NaN.
 #pragma once
 
 #include "adam_kernels.hpp"
@@ -22,13 +24,17 @@ struct ScalarLanes {
     static constexpr size_t width = 1;
     using F = float;
     using U = uint32_t;
+    using M = bool;
 
     static FUYOU_INLINE F set(float x) { return x; }
     static FUYOU_INLINE U set_bits(uint32_t x) { return x; }
     static FUYOU_INLINE F load(const float* p) { return *p; }
     static FUYOU_INLINE void store(float* p, F x) { *p = x; }
     static FUYOU_INLINE U load_u16(const uint16_t* p) { return *p; }
+    static FUYOU_INLINE U load_i16(const uint16_t* p) { return static_cast<U>(static_cast<int16_t>(*p)); }
     static FUYOU_INLINE void store_u16(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
+    static FUYOU_INLINE void stream_u16(uint16_t* p, U x) { store_u16(p, x); }
+    static FUYOU_INLINE void stream_end() {}
     static FUYOU_INLINE U bits(F x) {
         U u;
         __builtin_memcpy(&u, &x, sizeof u);
@@ -57,49 +63,61 @@ struct ScalarLanes {
     static FUYOU_INLINE U shift_right(U a) {
         return a >> N;
     }
-    // Lane by lane: a > b (both below 2^31) ? x : y, and a == b ? x : y.
-    static FUYOU_INLINE U if_greater(U a, U b, U x, U y) { return a > b ? x : y; }
-    static FUYOU_INLINE U if_equal(U a, U b, U x, U y) { return a == b ? x : y; }
+    static FUYOU_INLINE F taint(F sum, F x) { return sum + (x - x); }
+    static FUYOU_INLINE M equal(U a, U b) { return a == b; }
+    static FUYOU_INLINE M is_nan(F a) { return a != a; }
+    static FUYOU_INLINE M either(M a, M b) { return a || b; }
+    static FUYOU_INLINE bool any(M m) { return m; }
+    static FUYOU_INLINE U select(M m, U x, U y) { return m ? x : y; }
 };
 
 constexpr uint32_t kSign = 0x80000000u;
 constexpr uint32_t kMagnitude = 0x7fffffffu;
-constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr uint32_t kQuiet = 0x00400000u;
 
-// Bits of x rounded to bf16, to nearest even, in the upper half; a NaN stays one, made quiet.
+// Bits of x rounded to bf16, to nearest even, in the upper half, garbage in the lower; a NaN stays one, made quiet.
 template <class L>
-FUYOU_INLINE typename L::U round_to_bf16(typename L::U x) {
-    const auto odd = L::bit_and(L::template shift_right<16>(x), L::set_bits(1));
-    const auto rounded = L::add(L::add(x, L::set_bits(0x7fff)), odd);
-    const auto quieted = L::bit_or(x, L::set_bits(kQuiet));
-    const auto is_nan_of = L::bit_and(x, L::set_bits(kMagnitude));
-    const auto upper = L::if_greater(is_nan_of, L::set_bits(kInfinity), quieted, rounded);
-    return L::bit_and(upper, L::set_bits(0xffff0000u));
+FUYOU_INLINE typename L::U round_to_bf16(typename L::F x) {
+    const auto bits = L::bits(x);
+    const auto odd = L::bit_and(L::template shift_right<16>(bits), L::set_bits(1));
+    const auto rounded = L::add(L::add(bits, L::set_bits(0x7fff)), odd);
+    const auto nan = L::is_nan(x);
+    if (__builtin_expect(L::any(nan), 0)) return L::select(nan, L::bit_or(bits, L::set_bits(kQuiet)), rounded);
+    return rounded;
 }
 
-// hi, lo and the tie bit (all in the low halves but the tie, which is the sign bit) to the fp32 master's bits.
+// hi, lo and the tie bit (the sign of `tie_sign`) to the fp32 master's bits; lo comes with its sign extended. Where lo
+// is no tie, adding it as a signed number undoes the rounding up. Ties are one in 65,536: a branch, not arithmetic.
 template <class L>
 FUYOU_INLINE typename L::U merge_bits(typename L::U hi, typename L::U lo, typename L::U tie_sign) {
-    const auto tie = L::template shift_right<31>(tie_sign);
-    const auto rounded_up = L::template shift_right<16>(L::add(L::add(lo, tie), L::set_bits(0x7fff)));
-    return L::bit_or(L::template shift_left<16>(L::sub(hi, rounded_up)), lo);
+    const auto master = L::add(L::template shift_left<16>(hi), lo);
+    const auto tie = L::equal(lo, L::set_bits(0xffff8000u));
+    if (__builtin_expect(L::any(tie), 0)) {
+        const auto not_rounded_up = L::sub(L::set_bits(1), L::template shift_right<31>(tie_sign));
+        return L::select(tie, L::add(master, L::template shift_left<16>(not_rounded_up)), master);
+    }
+    return master;
 }
 
 template <class L>
 struct Split {
-    typename L::U hi, lo, tie_sign;
+    typename L::U hi, lo, tie_sign;  // of hi and lo the low halves count
 };
 
+// Where the low half is neither a tie nor part of a NaN, rounding to nearest is adding half and cutting off.
 template <class L>
-FUYOU_INLINE Split<L> split_bits(typename L::U master) {
-    const auto magnitude = L::bit_and(master, L::set_bits(kMagnitude));
-    const auto low = L::bit_and(master, L::set_bits(0xffff));
-    Split<L> s;
-    s.hi = L::template shift_right<16>(round_to_bf16<L>(master));
-    s.lo = L::if_greater(magnitude, L::set_bits(kInfinity), L::set_bits(0), low);
-    s.tie_sign =
-        L::if_equal(L::bit_and(master, L::set_bits(0x1ffff)), L::set_bits(0x18000), L::set_bits(kSign), L::set_bits(0));
+FUYOU_INLINE Split<L> split_bits(typename L::F x) {
+    const auto master = L::bits(x);
+    const auto upper = L::add(master, L::set_bits(0x8000));
+    Split<L> s{L::template shift_right<16>(upper), master, L::set_bits(0)};
+    const auto nan = L::is_nan(x);
+    const auto tie = L::equal(L::template shift_left<16>(master), L::set_bits(kSign));
+    if (__builtin_expect(L::any(L::either(nan, tie)), 0)) {
+        s.hi = L::template shift_right<16>(round_to_bf16<L>(x));
+        s.lo = L::select(nan, L::set_bits(0), master);
+        const auto rounded_up = L::equal(L::bit_and(master, L::set_bits(0x1ffff)), L::set_bits(0x18000));
+        s.tie_sign = L::select(rounded_up, L::set_bits(kSign), L::set_bits(0));
+    }
     return s;
 }
 
@@ -119,10 +137,22 @@ FUYOU_INLINE void update(const AdamCoefficients& k, typename L::F g, typename L:
     p = L::add(p, L::div(L::mul(L::set(k.negative_step_size), m), denominator));
 }
 
+template <class L>
+FUYOU_INLINE typename L::F scaled_bf16(const uint16_t* grad, const AdamCoefficients& k) {
+    auto g = L::floats(L::template shift_left<16>(L::load_u16(grad)));
+    for (size_t s = 0; s < k.scale_count; ++s) {
+        const auto rounded = round_to_bf16<L>(L::mul(g, L::set(k.scales[s])));
+        g = L::floats(L::bit_and(rounded, L::set_bits(0xffff0000u)));
+    }
+    return g;
+}
+
+// One step of L::width elements from i on, for each kind of range; `tainted` is that of [Note: non-finite gradients].
 template <class L, bool kTail>
-FUYOU_INLINE void fp32_at(const Fp32Range& r, const AdamCoefficients& k, size_t i) {
+FUYOU_INLINE void step_at(const Fp32Range& r, const AdamCoefficients& k, size_t i, typename L::F& tainted) {
     auto g = L::load(r.grad + i);
     for (size_t s = 0; s < k.scale_count; ++s) g = L::mul(g, L::set(k.scales[s]));
+    tainted = L::taint(tainted, g);
     auto p = L::load(r.param + i);
     auto m = L::load(r.exp_avg + i);
     auto v = L::load(r.exp_avg_sq + i);
@@ -133,15 +163,33 @@ FUYOU_INLINE void fp32_at(const Fp32Range& r, const AdamCoefficients& k, size_t 
 }
 
 template <class L, bool kTail>
-FUYOU_INLINE void split_at(const SplitRange& r, const AdamCoefficients& k, size_t i) {
-    auto g = L::floats(L::template shift_left<16>(L::load_u16(r.grad + i)));
-    for (size_t s = 0; s < k.scale_count; ++s) g = L::floats(round_to_bf16<L>(L::bits(L::mul(g, L::set(k.scales[s])))));
+FUYOU_INLINE void step_at(const CopyRange& r, const AdamCoefficients& k, size_t i, typename L::F& tainted) {
+    auto g = scaled_bf16<L>(r.grad + i, k);
+    tainted = L::taint(tainted, g);
+    auto p = L::load(r.param + i);
+    auto m = L::load(r.exp_avg + i);
+    auto v = L::load(r.exp_avg_sq + i);
+    update<L, kTail>(k, g, p, m, v);
+    L::store(r.param + i, p);
+    L::store(r.exp_avg + i, m);
+    L::store(r.exp_avg_sq + i, v);
+    const auto copy = L::template shift_right<16>(round_to_bf16<L>(p));
+    if (r.stream)
+        L::stream_u16(r.copy + i, copy);
+    else
+        L::store_u16(r.copy + i, copy);
+}
+
+template <class L, bool kTail>
+FUYOU_INLINE void step_at(const SplitRange& r, const AdamCoefficients& k, size_t i, typename L::F& tainted) {
+    auto g = scaled_bf16<L>(r.grad + i, k);
+    tainted = L::taint(tainted, g);
     const auto v_bits = L::bits(L::load(r.exp_avg_sq + i));
     auto v = L::floats(L::bit_and(v_bits, L::set_bits(kMagnitude)));
     auto m = L::load(r.exp_avg + i);
-    auto p = L::floats(merge_bits<L>(L::load_u16(r.hi + i), L::load_u16(r.lo + i), v_bits));
+    auto p = L::floats(merge_bits<L>(L::load_u16(r.hi + i), L::load_i16(r.lo + i), v_bits));
     update<L, kTail>(k, g, p, m, v);
-    const auto s = split_bits<L>(L::bits(p));
+    const auto s = split_bits<L>(p);
     L::store_u16(r.hi + i, s.hi);
     L::store_u16(r.lo + i, s.lo);
     L::store(r.exp_avg + i, m);
@@ -150,7 +198,7 @@ FUYOU_INLINE void split_at(const SplitRange& r, const AdamCoefficients& k, size_
 
 template <class L>
 FUYOU_INLINE void split_master_at(const MasterRange& r, size_t i) {
-    const auto s = split_bits<L>(L::bits(L::load(r.master + i)));
+    const auto s = split_bits<L>(L::load(r.master + i));
     const auto v = L::bit_and(L::bits(L::load(r.exp_avg_sq + i)), L::set_bits(kMagnitude));
     L::store_u16(r.hi + i, s.hi);
     L::store_u16(r.lo + i, s.lo);
@@ -160,28 +208,23 @@ FUYOU_INLINE void split_master_at(const MasterRange& r, size_t i) {
 template <class L>
 FUYOU_INLINE void merge_master_at(const MasterRange& r, size_t i) {
     const auto tie_sign = L::bits(L::load(r.exp_avg_sq + i));
-    L::store(r.master + i, L::floats(merge_bits<L>(L::load_u16(r.hi + i), L::load_u16(r.lo + i), tie_sign)));
+    L::store(r.master + i, L::floats(merge_bits<L>(L::load_u16(r.hi + i), L::load_i16(r.lo + i), tie_sign)));
 }
 
 // Whole vectors, then single elements, then the tail by its own formula.
-template <class L>
-void run_fp32(const Fp32Range& r, const AdamCoefficients& k, size_t begin, size_t end, size_t tail_begin) {
-    const AdamCoefficients c = k;  // a local copy: the stores below cannot alias it
-    const size_t body_end = tail_begin < end ? tail_begin : end;
-    size_t i = begin;
-    for (; i + L::width <= body_end; i += L::width) fp32_at<L, false>(r, c, i);
-    for (; i < body_end; ++i) fp32_at<ScalarLanes, false>(r, c, i);
-    for (; i < end; ++i) fp32_at<ScalarLanes, true>(r, c, i);
-}
-
-template <class L>
-void run_split(const SplitRange& r, const AdamCoefficients& k, size_t begin, size_t end, size_t tail_begin) {
+template <class L, class Range>
+bool run_step(const Range& range, const AdamCoefficients& k, size_t begin, size_t end, size_t tail_begin) {
+    const Range r = range;  // local copies: the stores below cannot alias them
     const AdamCoefficients c = k;
     const size_t body_end = tail_begin < end ? tail_begin : end;
+    auto tainted = L::set(0);
+    float tainted_single = 0;
     size_t i = begin;
-    for (; i + L::width <= body_end; i += L::width) split_at<L, false>(r, c, i);
-    for (; i < body_end; ++i) split_at<ScalarLanes, false>(r, c, i);
-    for (; i < end; ++i) split_at<ScalarLanes, true>(r, c, i);
+    for (; i + L::width <= body_end; i += L::width) step_at<L, false>(r, c, i, tainted);
+    for (; i < body_end; ++i) step_at<ScalarLanes, false>(r, c, i, tainted_single);
+    for (; i < end; ++i) step_at<ScalarLanes, true>(r, c, i, tainted_single);
+    L::stream_end();
+    return L::any(L::is_nan(tainted)) || ScalarLanes::is_nan(tainted_single);
 }
 
 template <class L>
@@ -200,7 +243,12 @@ void run_merge_master(const MasterRange& r, size_t begin, size_t end) {
 
 template <class L>
 constexpr AdamPath make_path(const char* name) {
-    return {name, run_fp32<L>, run_split<L>, run_split_master<L>, run_merge_master<L>};
+    return {name,
+            run_step<L, Fp32Range>,
+            run_step<L, CopyRange>,
+            run_step<L, SplitRange>,
+            run_split_master<L>,
+            run_merge_master<L>};
 }
 
 }  // namespace

@@ -38,19 +38,26 @@ class IoEngine:
     def close(self, timeout_s: float = 300.0) -> bool: ...
 
 def adam_fp32(
-    param: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int, scales: Sequence[float],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, step: int,
-    threads: int = 1, path: str = "auto",
-) -> None: ...  # fmt: skip
+    param: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int,
+    scales: Sequence[float], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    step: int, threads: int = 1, cpus: Sequence[int] = (), path: str = "auto",
+) -> bool: ...  # fmt: skip
+def adam_copy(
+    param: int, copy: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int,
+    scales: Sequence[float], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    step: int, threads: int = 1, cpus: Sequence[int] = (), path: str = "auto",
+) -> bool: ...  # fmt: skip
 def adam_split(
-    hi: int, lo: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int, scales: Sequence[float],
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, step: int,
-    threads: int = 1, path: str = "auto",
-) -> None: ...  # fmt: skip
+    hi: int, lo: int, exp_avg: int, exp_avg_sq: int, grad: int, count: int, tail: int,
+    scales: Sequence[float], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    step: int, threads: int = 1, cpus: Sequence[int] = (), path: str = "auto",
+) -> bool: ...  # fmt: skip
 def split_master(
-    master: int, hi: int, lo: int, exp_avg_sq: int, count: int, threads: int = 1, path: str = "auto"
-) -> None: ...
+    master: int, hi: int, lo: int, exp_avg_sq: int, count: int, threads: int = 1, cpus: Sequence[int] = (),
+    path: str = "auto",
+) -> None: ...  # fmt: skip
 def merge_master(
-    hi: int, lo: int, exp_avg_sq: int, master: int, count: int, threads: int = 1, path: str = "auto"
-) -> None: ...
+    hi: int, lo: int, exp_avg_sq: int, master: int, count: int, threads: int = 1, cpus: Sequence[int] = (),
+    path: str = "auto",
+) -> None: ...  # fmt: skip
 def adam_paths() -> list[str]: ...

@@ -24,7 +24,7 @@ from fuyou.core.errors import ConfigError
 from fuyou.train.child import End
 from fuyou.train.cores import choose_cores, cores_of_pci_device, format_cores, parse_cores, physical_cores
 from fuyou.train.killed import explain
-from fuyou.train.limits import cpu_quota, killed_for_memory, read_memory
+from fuyou.core.limits import cpu_quota, killed_for_memory, read_memory
 
 GIB = 2**30
 OWN = [name for name in os.environ if name.startswith(("FUYOU_", "OMP_", "MKL_"))]

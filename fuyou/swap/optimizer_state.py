@@ -30,6 +30,8 @@ class UpdateStream:
     """Runs the update chunk by chunk: reads i+1, updates i, writes i−1 at once; host memory is that of the chunks.
 
     `run` may be called from any thread, with any order of chunks; `stall` is entered around each wait with its cause.
+    `nonfinite` holds the names of the parameters whose gradient, after its scales, had an inf or a nan in the last run:
+    they were updated all the same, as torch does it.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class UpdateStream:
         self._kernels = kernels
         self._writes = writes
         self._stall = stall
+        self.nonfinite: set[str] = set()
 
     def run(self, chunks: Iterable[Chunk], updates: dict[Member, MemberUpdate]) -> None:
         """Apply `updates` to every chunk that holds one of their parameters; the others are not touched."""
+        self.nonfinite = set()
         loading: deque[tuple[Chunk, Staging, Ticket]] = deque()
         todo = iter([chunk for chunk in chunks if any(member in updates for member, _, _ in chunk.parts)])
         upcoming = next(todo, None)
@@ -78,15 +82,17 @@ class UpdateStream:
             at = slice(first - chunk.start, last - chunk.start)
             tail = member.entry.count % torch_tail_width() if last == member.entry.stop else 0
             if low is None:
-                self._kernels.step_fp32(
+                nonfinite = self._kernels.step_fp32(
                     weights[at], exp_avg[at], exp_avg_sq[at], gradient[at],
                     tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
                 )  # fmt: skip
             else:
-                self._kernels.step_split(
+                nonfinite = self._kernels.step_split(
                     weights[at], low[at], exp_avg[at], exp_avg_sq[at], gradient[at],
                     tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
                 )  # fmt: skip
+            if nonfinite:
+                self.nonfinite.add(member.name)
 
 
 class StateAccess:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuyou.core.errors import ConfigError
-from fuyou.train.limits import cpu_quota
+from fuyou.core.limits import cpu_quota
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch takes its own count from these two
 _ASK_DRIVER_S = 30.0

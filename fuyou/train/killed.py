@@ -6,9 +6,9 @@ import signal
 from collections.abc import Mapping
 
 from fuyou.core.environment import GPU, NVME, NVME_LIMIT, RAM
+from fuyou.core.limits import Memory, MemoryGroup, killed_for_memory
 from fuyou.core.sizes import format_bytes
 from fuyou.train.child import End
-from fuyou.train.limits import Memory, MemoryGroup, killed_for_memory
 
 _BUDGETS = (("ram", RAM), ("gpu", GPU), ("nvme_limit", NVME_LIMIT))
 _SENTENCES = {

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from fuyou.core import environment as variables
 from fuyou.core.errors import ConfigError
+from fuyou.core.limits import read_memory, shared_memory
 from fuyou.core.sizes import parse_bytes
 from fuyou.tiers.folders import check_folders
 from fuyou.train.child import run_child
 from fuyou.train.cores import THREAD_VARIABLES, Cores, choose_cores
 from fuyou.train.killed import explain
-from fuyou.train.limits import read_memory, shared_memory
 
 _BUDGETS = (variables.NVME_LIMIT, variables.RAM, variables.GPU)
 
