@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from adam_oracle import (
+    ADAMW,
+    HYPERS,
+    SCALES,
+    Oracle,
+    backends,
+    kernels_named,
+    odd_numbers,
+    same_bits,
+    train_copy,
+    train_fp32,
+    train_split,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuyou.core.errors import ConfigError, StateError
 from fuyou.swap import adam
-from fuyou.swap.adam import AdamHyper, AdamKernels, clear_tie_bits, load_kernels, native_problem, torch_tail_width
-
-ADAMW = AdamHyper(lr=1.37e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0123, decoupled=True)
-HYPERS = {
-    "adamw": ADAMW,
-    "adamw-no-decay": replace(ADAMW, weight_decay=0.0),
-    "adam": replace(ADAMW, decoupled=False),
-    "adam-no-decay": replace(ADAMW, decoupled=False, weight_decay=0.0),
-    "adamw-low-betas": replace(ADAMW, beta1=0.3, beta2=0.7, eps=1e-3, lr=0.1 + 0.2),
-    "adam-half": replace(ADAMW, beta1=0.5, beta2=0.95, eps=1e-15, lr=1 / 3, decoupled=False),
-    "adam-zero-betas": replace(ADAMW, beta1=0.0, beta2=0.0, eps=1e-6, lr=7e-5, decoupled=False),
-    "adamw-no-eps": replace(ADAMW, eps=0.0, lr=1e-30, weight_decay=1e3),
-}
-SCALES: dict[str, list[float]] = {"none": [], "one": [0.37], "two": [0.37, 1 / 3], "tiny": [1e-30, 1e-12]}
+from fuyou.swap.adam import AdamHyper, AdamKernels, load_kernels, native_problem, torch_tail_width
 
 
-def _backends() -> list[str]:
-    if native_problem():
-        return ["torch"]
-    return ["torch", "native-1", "native-2", *(f"native-3-{path}" for path in adam._import_native()[0].adam_paths())]
-
-
-@pytest.fixture(params=_backends())
+@pytest.fixture(params=backends())
 def kernels(request: pytest.FixtureRequest) -> AdamKernels:
-    name, *rest = request.param.split("-")
-    if name == "torch":
-        return load_kernels("torch")
-    return load_kernels("native", threads=int(rest[0]), path=rest[1] if len(rest) > 1 else "auto")
+    return kernels_named(request.param)
 
 
 @pytest.fixture
@@ -54,117 +42,6 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(count)
 
 
-# --- the oracle: plain PyTorch --------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """A tensor trained by torch's own fused optimizer."""
-
-    def __init__(self, start: Tensor, hyper: AdamHyper) -> None:
-        self.param = torch.nn.Parameter(start.clone())
-        kind = torch.optim.AdamW if hyper.decoupled else torch.optim.Adam
-        self.optimizer = kind(
-            [self.param], lr=hyper.lr, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps,
-            weight_decay=hyper.weight_decay, fused=True,
-        )  # fmt: skip
-
-    def step(self, grad: Tensor, lr: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.param.grad = grad
-        self.optimizer.step()
-
-    def state(self) -> dict[str, Tensor]:
-        state = self.optimizer.state[self.param]
-        return {"param": self.param.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-
-
-def same_bits(got: Tensor, expected: Tensor) -> bool:
-    """Equal bit for bit; any NaN is as good as another, its payload is the CPU's choice."""
-    as_int = {torch.float32: torch.int32, torch.bfloat16: torch.int16}.get(got.dtype, got.dtype)
-    same = got.contiguous().view(as_int) == expected.contiguous().view(as_int)
-    return bool((same | (got.isnan() & expected.isnan())).all())
-
-
-def scaled(grad: Tensor, scales: list[float]) -> Tensor:
-    """What clipping and loss scaling do in PyTorch: in-place multiplications in the gradient's dtype."""
-    grad = grad.clone()
-    for scale in scales:
-        grad.mul_(scale)
-    return grad
-
-
-def odd_numbers(count: int, generator: torch.Generator) -> Tensor:
-    """fp32 of every size, and zeros of both signs, denormals, inf and nan among them."""
-    values = torch.randn(count, generator=generator)
-    special = [0.0, -0.0, 1e-40, -1e-45, 1e-30, 1e30, -3e38, float("inf"), -float("inf"), float("nan"), 2.0**-126]
-    for place, value in enumerate(special):
-        values[place::29] = value
-    return values
-
-
-def pieces(count: int, seed: int) -> Iterator[tuple[slice, int]]:
-    """Cuts at random multiples of 16, in random order, each with its tail."""
-    rng = random.Random(seed)
-    edges = sorted({0, count, *(16 * rng.randrange(count // 16 + 1) for _ in range(rng.randrange(6)))})
-    ranges = list(zip(edges[:-1], edges[1:], strict=True))
-    rng.shuffle(ranges)
-    for start, stop in ranges:
-        yield slice(start, stop), count % torch_tail_width() if stop == count else 0
-
-
-def train_fp32(
-    kernels: AdamKernels, hyper: AdamHyper, start: Tensor, grads: list[Tensor], scales: list[float], cut: int
-) -> None:
-    """Train `start` both ways and compare every bit after every step; `cut` seeds the cuts, 0 is one range."""
-    count = start.numel()
-    oracle = Oracle(start, hyper)
-    param, exp_avg, exp_avg_sq = start.clone(), torch.zeros(count), torch.zeros(count)
-    for step, grad in enumerate(grads, 1):
-        lr = hyper.lr * (1 + step / 7)  # a schedule
-        oracle.step(scaled(grad, scales), lr)
-        before = grad.clone()
-        for at, tail in pieces(count, cut + step) if cut else [(slice(0, count), count % torch_tail_width())]:
-            kernels.step_fp32(
-                param[at], exp_avg[at], exp_avg_sq[at], grad[at],
-                tail=tail, scales=scales, hyper=replace(hyper, lr=lr), step=step,
-            )  # fmt: skip
-        assert torch.equal(grad.view(torch.int32), before.view(torch.int32)), "the gradient was changed"
-        for name, expected in oracle.state().items():
-            got = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}[name]
-            assert same_bits(got, expected), f"{name} of {count} elements at step {step}"
-
-
-def train_split(
-    kernels: AdamKernels, hyper: AdamHyper, start: Tensor, grads: list[Tensor], scales: list[float], cut: int
-) -> None:
-    """The same for a split master and bf16 gradients: oracle fp32 master, copy master.bfloat16(), grad.float()."""
-    count = start.numel()
-    oracle = Oracle(start, hyper)
-    hi, lo = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.int16)
-    exp_avg, exp_avg_sq, master = torch.zeros(count), torch.zeros(count), torch.empty(count)
-    kernels.split(start, hi, lo, exp_avg_sq)
-    for step, grad in enumerate(grads, 1):
-        oracle.step(scaled(grad, scales).float(), hyper.lr)
-        before = grad.clone()
-        for at, tail in pieces(count, cut + step) if cut else [(slice(0, count), count % torch_tail_width())]:
-            kernels.step_split(
-                hi[at], lo[at], exp_avg[at], exp_avg_sq[at], grad[at],
-                tail=tail, scales=scales, hyper=hyper, step=step,
-            )  # fmt: skip
-        assert torch.equal(grad.view(torch.int16), before.view(torch.int16)), "the gradient was changed"
-        expected = oracle.state()
-        kernels.merge(hi, lo, exp_avg_sq, master)
-        second = exp_avg_sq.clone()
-        clear_tie_bits(second)
-        assert same_bits(master, expected["param"]), f"master of {count} elements at step {step}"
-        assert same_bits(hi, expected["param"].bfloat16()), f"hi of {count} elements at step {step}"
-        assert same_bits(exp_avg, expected["exp_avg"]), f"exp_avg of {count} elements at step {step}"
-        assert same_bits(second, expected["exp_avg_sq"]), f"exp_avg_sq of {count} elements at step {step}"
-
-
-# --- the update -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
 @pytest.mark.usefixtures("one_torch_thread")
 def test_every_short_tensor(kernels: AdamKernels, hyper: AdamHyper) -> None:
@@ -174,7 +51,8 @@ def test_every_short_tensor(kernels: AdamKernels, hyper: AdamHyper) -> None:
         grads = [torch.randn(count, generator=generator) for _ in range(5)]
         train_fp32(kernels, hyper, start, grads, SCALES["one"] if count % 3 == 0 else [], cut=count % 2)
         halves = [grad.bfloat16() for grad in grads]
-        train_split(kernels, hyper, start, halves, SCALES["two"] if count % 3 == 0 else [], cut=count % 2)
+        for train in (train_split, train_copy):
+            train(kernels, hyper, start, halves, SCALES["two"] if count % 3 == 0 else [], cut=count % 2)
 
 
 @pytest.mark.parametrize("count", [1237, 4096, 100_003, 1_000_003])
@@ -184,7 +62,8 @@ def test_long_tensors_in_pieces(kernels: AdamKernels, hyper: AdamHyper, count: i
     start = torch.randn(count, generator=generator) * 0.02
     grads = [torch.randn(count, generator=generator) * 10.0**-k for k in range(5)]
     train_fp32(kernels, hyper, start, grads, [], cut=count)
-    train_split(kernels, hyper, start, [grad.bfloat16() for grad in grads], [], cut=count)
+    for train in (train_split, train_copy):
+        train(kernels, hyper, start, [grad.bfloat16() for grad in grads], [], cut=count)
 
 
 @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
@@ -197,7 +76,8 @@ def test_odd_gradients_and_scales(kernels: AdamKernels, hyper: AdamHyper, scales
     start = torch.randn(count, generator=generator)
     grads = [odd_numbers(count, generator)[torch.randperm(count, generator=generator)] for _ in range(4)]
     train_fp32(kernels, hyper, start, grads, scales, cut=5)
-    train_split(kernels, hyper, start, [grad.bfloat16() for grad in grads], scales, cut=5)
+    for train in (train_split, train_copy):
+        train(kernels, hyper, start, [grad.bfloat16() for grad in grads], scales, cut=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,92 +140,6 @@ def test_empty_range(kernels: AdamKernels) -> None:
     kernels.step_fp32(
         nothing, nothing.clone(), nothing.clone(), nothing.clone(), tail=0, scales=[0.5], hyper=ADAMW, step=1
     )
-
-
-WITHOUT_THREADS = """
-import resource, torch
-from fuyou.swap.adam import AdamHyper, load_kernels
-states = [[torch.full((200_000,), value) for value in (1.0, 0.1, 0.01, 0.3)] for _ in range(2)]
-hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
-alone, many = load_kernels("native", threads=1), load_kernels("native", threads=4)
-alone.step_fp32(*states[0], tail=0, scales=[], hyper=hyper, step=1)
-in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20), resource.RLIM_INFINITY))  # no room for a thread's stack
-many.step_fp32(*states[1], tail=0, scales=[], hyper=hyper, step=1)
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert all(torch.equal(one, other) for one, other in zip(*states))
-"""
-
-
-@pytest.mark.skipif(bool(native_problem()), reason=native_problem() or "native kernels are here")
-def test_no_thread_to_be_had() -> None:
-    """Where the system gives no more threads the calling one does all."""
-    subprocess.run([sys.executable, "-c", WITHOUT_THREADS], check=True)
-
-
-# --- the split master -----------------------------------------------------------------------------------------------
-
-
-def bit_patterns() -> Tensor:
-    """fp32 by their bits: 4 million at random, and every upper half with the lower halves that decide rounding."""
-    generator = torch.Generator().manual_seed(6)
-    chance = torch.randint(-(2**31), 2**31, (4_000_003,), generator=generator)
-    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    edges = (torch.arange(-(2**15), 2**15)[:, None] * 65536 + lower).flatten()
-    return torch.cat([chance, edges]).to(torch.int32).view(torch.float32)
-
-
-def test_split_and_merge_are_inverse(kernels: AdamKernels) -> None:
-    master = bit_patterns()
-    count = master.numel()
-    second = torch.rand(count, generator=torch.Generator().manual_seed(7))
-    marked = torch.where(torch.arange(count) % 2 == 0, second, -second)  # as an earlier split may have left it
-    hi, lo = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.int16)
-    back = torch.empty(count)
-    kernels.split(master, hi, lo, marked)
-    kernels.merge(hi, lo, marked, back)
-
-    nan = master.isnan()
-    assert torch.equal(master.view(torch.int32)[~nan], back.view(torch.int32)[~nan])
-    assert back[nan].isnan().all() and hi[nan].isnan().all()
-    assert same_bits(hi, master.bfloat16())
-    tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
-    assert not torch.signbit(marked[~tie]).any(), "the sign is for ties only"
-    clear_tie_bits(marked)
-    assert torch.equal(marked, second)
-
-
-def test_update_of_every_kind_of_master(kernels: AdamKernels) -> None:
-    """Masters of any bits, ties and infinities too, under gradients of any bits."""
-    start = bit_patterns()[3_000_000:]
-    generator = torch.Generator().manual_seed(8)
-    any_bits = torch.randint(-(2**15), 2**15, (2, start.numel()), generator=generator).to(torch.int16)
-    train_split(kernels, ADAMW, start, list(any_bits.view(torch.bfloat16)), [], cut=11)
-
-
-def test_ties_that_stay_ties(kernels: AdamKernels) -> None:
-    """lr 0 leaves the master where it is: on a tie the sign bit must survive the new second moment."""
-    upper = torch.arange(-(2**15), 2**15) * 65536 + 0x8000
-    start = upper.to(torch.int32).view(torch.float32)
-    grads = [torch.randn(start.numel(), generator=torch.Generator().manual_seed(9)).bfloat16() for _ in range(3)]
-    train_split(kernels, replace(ADAMW, lr=0.0), start, grads, [], cut=0)
-
-
-@pytest.mark.skipif(bool(native_problem()), reason=native_problem() or "native kernels are here")
-def test_backends_store_the_same_split(kernels: AdamKernels) -> None:
-    """A run may go on with the other backend: also the bytes of NaNs are the same."""
-    master = bit_patterns()
-    results = []
-    for backend in (load_kernels("native", path="scalar"), kernels):
-        hi, lo = torch.empty(master.numel(), dtype=torch.bfloat16), torch.empty(master.numel(), dtype=torch.int16)
-        second = torch.ones(master.numel())
-        backend.split(master, hi, lo, second)
-        results.append((hi.view(torch.int16), lo, second.view(torch.int32)))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
-# --- what surrounds the kernels -------------------------------------------------------------------------------------
 
 
 class LargestResult(TorchDispatchMode):

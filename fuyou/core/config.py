@@ -32,6 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     "io": "auto",
     "verify_reads": False,
     "deadline_s": DEADLINE_S,
+    "adam_threads": None,
 }
 
 
@@ -45,6 +46,8 @@ class Config:
     io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
     deadline_s: seconds, more than 0, after which any wait for a drive, a copy, host memory or a worker is a DeadlineError that
     names the operations in flight.
+    adam_threads: threads of the AdamW update, at least 1; None takes one for each physical core but those left for I/O
+        and Python (one from 4 cores on, two from 16 on).
 
     ConfigError names an unknown option's nearest match, an impossible value, and in one sentence what is not built yet.
     """
@@ -59,6 +62,7 @@ class Config:
     io: str
     verify_reads: bool
     deadline_s: float
+    adam_threads: int | None
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -104,6 +108,12 @@ def _checked(name: str, value: Any) -> Any:
                 f"micro_batch={value!r} is not built yet: leave it None, and use a smaller batch with accumulation."
             )
         return None
+    if name == "adam_threads":
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(
+                f"adam_threads={value!r} must be a whole number of threads, at least 1, or None to choose."
+            )
+        return value
     if name == "deadline_s":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
             raise ConfigError(

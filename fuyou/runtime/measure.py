@@ -72,11 +72,12 @@ class StepClock:
         if self._started is None:
             self._started = time.perf_counter()
 
-    def end(self, traffic: dict[str, int]) -> None:
-        """A step is over; `traffic` is what it moved."""
+    def end(self, traffic: dict[str, int], nonfinite_gradients: int) -> None:
+        """A step is over; `traffic` is what it moved, and so many parameters' gradients held an inf or a nan."""
         if self._started is not None:
             seconds = time.perf_counter() - self._started
-            self.steps.append({"seconds": seconds, "stalls": self._stalls, "traffic": traffic})
+            entry = {"seconds": seconds, "stalls": self._stalls, "traffic": traffic}
+            self.steps.append(entry | {"nonfinite_gradients": nonfinite_gradients})
         self.count += 1
         self._stalls, self._started = {}, None
 

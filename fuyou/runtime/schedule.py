@@ -269,7 +269,7 @@ class Schedule:
             member.step = update.step
         self._gradients.end_step()
         now = self._traffic()
-        self._clock.end({name: now[name] - self._moved[name] for name in now})
+        self._clock.end({name: now[name] - self._moved[name] for name in now}, len(self._updates.nonfinite))
         self._moved = now
         self._gauge.end_step()
         self._last.clear()

@@ -47,7 +47,7 @@ class Tiers:
         self.ledger = Ledger(
             {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
         )
-        self.kernels = load_kernels()
+        self.kernels = load_kernels(threads=config.adam_threads)
         if self.kernels.name == "torch":
             self._note(f"Adam runs through torch: {native_problem()}")
         self.store: Store | None = None
