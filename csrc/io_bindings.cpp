@@ -111,8 +111,10 @@ class IoEngine {
         check_usable();
         if (fd < 0) throw py::value_error("fd must not be negative");
         if (alignment_bytes < 1) throw py::value_error("alignment_bytes must be at least 1");
+        const std::shared_ptr<Backend> backend = backend_;
         auto file = queue_->add_file(fd, path, static_cast<uint64_t>(alignment_bytes));
-        backend_->file_added(*file);
+        py::gil_scoped_release unlocked;  // it waits for the ring's thread, which may be busy with a slow drive
+        backend->file_added(*file);
         return file->id;
     }
 
@@ -125,6 +127,7 @@ class IoEngine {
             return removed != nullptr;
         });
         if (removed == nullptr) return false;
+        py::gil_scoped_release unlocked;
         backend->file_removed(*removed);
         return true;
     }
