@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,22 +21,33 @@ KEPT_STEPS = 1000
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * PAGE_BYTES
+    """Resident memory of this process now; its peak where no descriptor is left to ask for that."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * PAGE_BYTES
+    except OSError:
+        return _peak_without_descriptor()
 
 
 def peak_rss_bytes() -> int:
     """The kernel's high-water mark of this process's resident memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return rss_bytes()
+
+
+def _peak_without_descriptor() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_host_bytes() -> int:
     """Memory that can be had: the system's, or the rest of the control group's limit where that is less."""
-    free = int(psutil.virtual_memory().available)
+    try:
+        free = int(psutil.virtual_memory().available)
+    except OSError:  # no descriptor left: less than there is, since caches are not counted as free
+        free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

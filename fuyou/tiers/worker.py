@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -62,13 +63,22 @@ class Worker:
     ) -> None:
         self.deadline_s = deadline_s
         self._in_flight = in_flight
+        self._pid = os.getpid()
         self._lock = threading.Lock()  # guards _given
         self._given: dict[int, Job] = {}  # not ended, in the order in which they were given
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StateError(f"No thread is to be had for {name} ({error}): raise the limit of `ulimit -u`.") from error
 
     def submit(self, run: Callable[[], None], name: str) -> Job:
+        if os.getpid() != self._pid:  # a lock may be held for ever by a thread that does not exist here
+            raise StateError(
+                f"{name}: this belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
+                "parent, and pass data, not the model, to workers."
+            )
         if not self._thread.is_alive():
             raise StateError(f"{name}: the run is closed.")
         job = Job(run, name, self)

@@ -80,7 +80,11 @@ class AiofilesEngine(Engine):
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(thread_count)  # chunks at work at a time, over all files
         self._thread = threading.Thread(target=self._loop.run_forever, name="fuyou-aiofiles-loop", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._loop.close()
+            raise OSError(errno.EAGAIN, f"no thread is to be had for it ({error}): see `ulimit -u`") from error
 
     def in_flight(self) -> list[str]:
         self._check_process()
@@ -133,11 +137,17 @@ class AiofilesEngine(Engine):
 
     async def _flush(self, op: _Op) -> Failure | None:
         async with self._slots:
-            try:
-                await self._loop.run_in_executor(self._executor, os.fdatasync, op.file.file.fd)
-            except OSError as error:
-                code = error.errno or errno.EIO
-                return code, f"{op.ticket.text} failed: {os.strerror(code)} (errno {code})"
+            stalls = 0
+            while True:
+                try:
+                    await self._loop.run_in_executor(self._executor, os.fdatasync, op.file.file.fd)
+                    return None
+                except OSError as error:
+                    stalls += 1
+                    if error.errno == errno.EAGAIN and stalls <= MOST_STALLS:
+                        continue
+                    code = error.errno or errno.EIO
+                    return code, f"{op.ticket.text} failed: {os.strerror(code)} (errno {code})"
         return None
 
     async def _transfer(self, op: _Op) -> Failure | None:
@@ -173,11 +183,12 @@ class AiofilesEngine(Engine):
             while done < nbytes:
                 await handle.seek(op.offset + start + done)
                 rest = memory[done:]
-                moved = await (handle.readinto(rest) if op.kind == "read" else handle.write(rest)) or 0
+                answer = await (handle.readinto(rest) if op.kind == "read" else handle.write(rest))
+                moved = answer or 0  # None: EAGAIN, which is no end of the file
                 kept = moved if moved == len(rest) else moved - moved % alignment
                 done += kept
                 stalls = 0 if kept else stalls + 1
-                if kept == 0 and op.kind == "read":
+                if kept == 0 and op.kind == "read" and answer is not None:
                     done += moved
                     failures[op.offset + start + done] = errno.ENODATA
                     return
