@@ -27,6 +27,8 @@ import fuyou
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = ("io_uring", "threads", "aiofiles")
+# One engine by default, for the suite's sake; the others with -m slow.
+FIRST = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 FREEZE, THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW
 THROTTLE = Path("/sys/fs/cgroup/blkio")  # control groups of version 1
 
@@ -243,5 +245,5 @@ def assert_empty(run: fuyou.Run) -> None:
     assert not any(held.values()), f"still charged after close: {held}"
 
 
-__all__ = ["KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks", "open_or_skip",
+__all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks", "open_or_skip",
            "plain", "random_pages", "reads_stopped", "run_script", "same"]  # fmt: skip

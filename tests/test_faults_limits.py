@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_tools import open_or_skip, run_script
+from fault_tools import FIRST, open_or_skip, run_script
 
 TRAIN = """
     import resource, signal, sys, warnings
@@ -189,7 +189,7 @@ def test_a_file_size_limit_is_refused_before_training(nvme: Path) -> None:
     """, nvme)  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["io_uring", "threads", "aiofiles"])
+@pytest.mark.parametrize("kind", FIRST)
 def test_no_thread_to_be_had(lent: Path, kind: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("the limit of processes counts those of the whole user: this needs a user of its own")

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from fault_tools import (
+    FIRST,
     KINDS,
     MIB,
     PAGE,
@@ -107,6 +108,7 @@ def test_a_fork_with_operations_in_flight_on_a_drive_that_stands_still(kind: str
         assert target.bytes() == content.bytes() == Path(file.path).read_bytes()
 
 
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_forked_child_that_ends_as_programs_do(kind: str, nvme: Path) -> None:
     """multiprocessing's fork, whose child runs Python's own exit with the engine, its tickets and the run in its memory."""
     run_script("""
@@ -238,6 +240,7 @@ KILLED = """
 """
 
 
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_killed_run_leaves_no_lock_and_no_file_in_the_way(kind: str, nvme: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     with subprocess.Popen(

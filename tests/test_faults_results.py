@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from fault_tools import KINDS, REPOSITORY, open_or_skip, run_script
+from fault_tools import FIRST, KINDS, REPOSITORY, open_or_skip, run_script
 
 PRELUDE = """
     import ctypes, errno, os, sys, time
@@ -48,16 +48,12 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    open_or_skip(request.param).close()
-    return str(request.param)
-
-
 def inside(preload: str, kind: str, folder: Path, script: str) -> None:
+    open_or_skip(kind).close()
     run_script(textwrap.dedent(PRELUDE) + textwrap.dedent(script), kind, str(folder), env={"LD_PRELOAD": preload})
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_engines_recover_from_and_what_they_tell(preload: str, kind: str, nvme: Path) -> None:
     inside(preload, kind, nvme, """
         engine = open_engine(kind)
@@ -138,6 +134,7 @@ def test_what_engines_recover_from_and_what_they_tell(preload: str, kind: str, n
     """)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", FIRST)
 def test_training_through_a_drive_full_of_hiccups_has_the_bits_of_plain_pytorch(
     preload: str, kind: str, nvme: Path
 ) -> None:
@@ -158,6 +155,7 @@ def test_training_through_a_drive_full_of_hiccups_has_the_bits_of_plain_pytorch(
     """)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", FIRST)
 def test_training_meets_one_error_at_any_place_and_never_a_wrong_bit(preload: str, kind: str, nvme: Path) -> None:
     """EIO at the nth operation: an error that names it, or (nobody needed that byte) the bits of plain PyTorch."""
     inside(preload, kind, nvme, """

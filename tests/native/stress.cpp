@@ -1,5 +1,5 @@
-// Both I/O engines and the AdamW kernels under many threads, for the sanitizers: scripts/sanitize.sh builds and runs it.
-// Every byte that is read is compared with what was written, every update with that of one thread.
+// Both I/O engines and the AdamW kernels under many threads, for the sanitizers: scripts/sanitize.sh builds and runs
+// it. Every byte that is read is compared with what was written, every update with that of one thread.
 //
 //     stress FOLDER      on a real drive: a tmpfs takes O_DIRECT without enforcing it
 #include <fcntl.h>
@@ -21,12 +21,12 @@
 
 using namespace fuyou;
 
-#define CHECK(what)                                                    \
-    do {                                                               \
-        if (!(what)) {                                                 \
-            std::fprintf(stderr, "line %d: %s\n", __LINE__, #what);    \
-            std::exit(1);                                              \
-        }                                                              \
+#define CHECK(what)                                                 \
+    do {                                                            \
+        if (!(what)) {                                              \
+            std::fprintf(stderr, "line %d: %s\n", __LINE__, #what); \
+            std::exit(1);                                           \
+        }                                                           \
     } while (false)
 
 namespace {
@@ -42,8 +42,8 @@ IoQueue::Clock::time_point in(double seconds) {
 
 struct Memory {
     explicit Memory(uint64_t nbytes) : nbytes(nbytes) {
-        address = static_cast<char*>(
-            ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        address =
+            static_cast<char*>(::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         CHECK(address != MAP_FAILED);
     }
     ~Memory() { ::munmap(address, nbytes); }
@@ -173,17 +173,24 @@ struct Numbers {
     }
 };
 
-void update(Numbers& n, int threads, const AdamPath& path) {
+void update(Numbers& n, int count_of_threads, const AdamPath& path) {
+    AdamThreads threads;
+    threads.count = count_of_threads;
     const size_t count = n.param.size();
     const AdamHyper hyper{1e-3, 0.9, 0.999, 1e-8, 0.01, true, 3};
     const std::vector<float> scales{0.5f};  // the coefficients point into it
     const AdamCoefficients coefficients(hyper, scales);
-    adam_fp32(Fp32Range{n.param.data(), n.exp_avg.data(), n.exp_avg_sq.data(), n.grad.data()}, count, count % 8,
-              coefficients, threads, path);
+    CHECK(!adam_step(Fp32Range{n.param.data(), n.exp_avg.data(), n.exp_avg_sq.data(), n.grad.data()}, count, count % 8,
+                     coefficients, threads, path));
+    CHECK(!adam_step(
+        CopyRange{n.param.data(), n.hi.data(), n.exp_avg.data(), n.exp_avg_sq.data(), n.grad16.data(), false}, count,
+        count % 8, coefficients, threads, path));
     MasterRange master{n.param.data(), n.hi.data(), n.lo.data(), n.exp_avg_sq.data()};
     adam_split_master(master, count, threads, path);
-    adam_split(SplitRange{n.hi.data(), n.lo.data(), n.exp_avg.data(), n.exp_avg_sq.data(), n.grad16.data()}, count,
-               count % 8, coefficients, threads, path);
+    const SplitRange split{n.hi.data(), n.lo.data(), n.exp_avg.data(), n.exp_avg_sq.data(), n.grad16.data()};
+    CHECK(!adam_step(split, count, count % 8, coefficients, threads, path));
+    n.grad16[count / 2] = 0x7f80;  // an infinity, which one of the threads meets
+    CHECK(adam_step(split, count, count % 8, coefficients, threads, path));
     adam_merge_master(master, count, threads, path);
 }
 
