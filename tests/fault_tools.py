@@ -245,5 +245,5 @@ def assert_empty(run: fuyou.Run) -> None:
     assert not any(held.values()), f"still charged after close: {held}"
 
 
-__all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks", "open_or_skip",
-           "plain", "random_pages", "reads_stopped", "run_script", "same"]  # fmt: skip
+__all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks",
+           "open_or_skip", "plain", "random_pages", "reads_stopped", "run_script", "same"]  # fmt: skip
