@@ -101,10 +101,14 @@ def test_step_statistics_count_parameters(tmp_path) -> None:  # type: ignore[no-
         model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
         nvme=None, ram="256MiB", gpu="256MiB", device="cpu",
     ) as run:  # fmt: skip
-        for damage in (0.0, INF):
+        for damage in (0.0, INF, None):
             for net in (model, plain):
                 net(torch.ones(2, 40)).sum().backward()
             for net in (model, plain):
+                if damage is None:  # by now every weight is nan; the last bias' gradient alone is not
+                    for parameter in list(net.parameters())[:-1]:
+                        parameter.grad = None
+                    continue
                 gradient = net[1].weight.grad
                 gradient[3, 4] += damage
                 net[2].bias.grad[0] += damage
@@ -114,6 +118,6 @@ def test_step_statistics_count_parameters(tmp_path) -> None:  # type: ignore[no-
             theirs.zero_grad()
         run.settle()
         counts = [each["nonfinite_gradients"] for each in run.report().dict()["steps"]]
-        assert counts == [0, 2]
+        assert counts == [0, 2, 0]
         for (name, ours), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours.detach().view(-1).nan_to_num(7), expected.detach().view(-1).nan_to_num(7)), name

@@ -14,6 +14,7 @@ import torch
 from adam_oracle import ADAMW, SCALES, Oracle, backends, odd_numbers, same_bits, scaled
 from torch import Tensor
 
+import fuyou
 from fuyou.core.config import Config
 from fuyou.core.errors import ConfigError
 from fuyou.swap.adam import AdamKernels, load_kernels, native_problem, torch_tail_width
@@ -135,6 +136,13 @@ def test_config_overrides() -> None:
     if not native_problem():
         assert load_kernels("native", threads=5).threads == 5
         assert load_kernels("native").threads == choose_cores().threads
+        for given in (None, 3):
+            model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            with fuyou.wrap(
+                model, optimizer, nvme=None, ram="256MiB", gpu="256MiB", device="cpu", config=Config(adam_threads=given)
+            ) as run:
+                assert run._tiers.kernels.threads == (given or choose_cores().threads)
 
 
 @needs_native
