@@ -138,6 +138,17 @@ def wait_until(what: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    """RLIMIT_FSIZE: making or writing more of a file is EFBIG (Python ignores SIGXFSZ)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def open_files(folder: Path) -> list[str]:
     links = [os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
     paths = [os.readlink(link) for link in links if os.path.islink(link)]
@@ -291,13 +302,8 @@ class TestGrowth:
         contents = random_bytes(extents, 5)
         made.write_all(contents)
         before, booked = made.held(), made.book.held("nvme")
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] + MIB, hard))
-        try:
-            with pytest.raises(StoreError, match="drive-1 has no room"):
-                made.store.add(5 * MIB, "optimizer", 1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with file_size_limit(before[1] + MIB), pytest.raises(StoreError, match="drive-1 has no room"):
+            made.store.add(5 * MIB, "optimizer", 1)
         assert made.held() == before and made.book.held("nvme") == booked
         assert [os.stat(drive.path).st_size for drive in made.store.drives] == before
         added = made.store.add(5 * MIB, "optimizer", 1)
@@ -426,6 +432,18 @@ class TestFaults:
         assert made.read(first) == contents[first]
         with pytest.raises(StorageIOError, match="drive-1/fuyou-store/data"):
             made.read(last)
+
+    def test_a_reader_is_told_of_the_writers_error_though_its_own_bytes_can_be_read(self, run, nvme):
+        made = run(folders_in(nvme, 2), (1e9, 1e9))
+        (extent,) = made.open((4 * MIB, 2))
+        made.write_all(random_bytes([extent], 11))
+        with file_size_limit(3 * MIB):  # in the second slot on both drives
+            ticket, lease = made.write(extent, bytes(4 * MIB))
+            with pytest.raises(StorageIOError, match=r"drive-0/fuyou-store/data.*File too large"):
+                ticket.wait()
+        with pytest.raises(StorageIOError, match="write .*drive-0/fuyou-store/data"):
+            extent.read(lease.address, lease).wait()
+        lease.release()
 
     def test_nothing_is_under_way_after_a_transfer_that_could_not_start(self, run, nvme):
         made = run(folders_in(nvme, 2), (1e9, 1e9))

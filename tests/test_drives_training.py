@@ -148,6 +148,9 @@ class TestRefusals:
         with pytest.raises(fuyou.BudgetError) as refusal:
             wrapped(folders, nvme_limit="1KiB")
         needed = refusal.value.needed_bytes
+        with pytest.raises(fuyou.BudgetError) as refusal:
+            wrapped(folders, nvme_limit=needed - 4096)
+        assert refusal.value.shortfall_bytes == 4096
         with pytest.warns(UserWarning, match="are on one file system: they share its room and its speed"):
             model, run = wrapped(folders, nvme_limit=needed)
         with run:
