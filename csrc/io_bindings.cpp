@@ -100,7 +100,7 @@ class IoEngine {
         if (backend_ == nullptr) return;
         py::gil_scoped_release unlocked;
         queue_->refuse_new();
-        if (queue_->drain(after(kLastDrain_s))) {
+        if (queue_->drain(after(gave_up_ ? 0.0 : kLastDrain_s))) {
             backend_->stop();
         } else {  // what the kernel still works with must outlive us: rather leak than free it under I/O
             leak();
@@ -179,7 +179,8 @@ class IoEngine {
     bool close(double timeout_s) {
         check_process();
         queue_->refuse_new();
-        if (!wait_in_slices(timeout_s, [&](auto deadline) { return queue_->drain(deadline); })) return false;
+        gave_up_ = !wait_in_slices(timeout_s, [&](auto deadline) { return queue_->drain(deadline); });
+        if (gave_up_) return false;
         std::shared_ptr<Backend> backend = std::move(backend_);  // under the GIL: two callers cannot both have it
         if (backend != nullptr) {
             note_after_close_ = backend->note();
@@ -221,6 +222,7 @@ class IoEngine {
     std::unique_ptr<IoQueue> queue_;
     std::shared_ptr<Backend> backend_;  // null once closed
     std::string note_after_close_;
+    bool gave_up_ = false;  // the last close() passed its deadline: whoever drops us has waited enough
 };
 
 }  // namespace

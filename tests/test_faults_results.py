@@ -134,6 +134,26 @@ def test_what_engines_recover_from_and_what_they_tell(preload: str, kind: str, n
     """)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["io_uring", "threads"])
+def test_a_program_ends_though_its_drive_never_answers(preload: str, kind: str, nvme: Path) -> None:
+    """close() has waited its deadline and said so: neither dropping the engine nor the exit waits once more."""
+    inside(preload, kind, nvme, """
+        import gc, weakref
+        engine = open_engine(kind, deadline_s=0.3)
+        file = engine.open(folder / "data")
+        memory = Memory(MIB, random_pages(MIB // PAGE, seed=1))
+        inject(WRITE, HANG)
+        engine.write(file, 0, memory.address, MIB, keep=memory)
+        with pytest.raises(DeadlineError, match="to close the I/O engine.*write 1048576 bytes at 0"):
+            engine.close()
+        alive = weakref.ref(memory)
+        del engine, file, memory
+        gc.collect()
+        assert alive() is not None  # the drive may still read it
+        print("OK")
+    """)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", FIRST)
 def test_training_through_a_drive_full_of_hiccups_has_the_bits_of_plain_pytorch(
     preload: str, kind: str, nvme: Path

@@ -17,6 +17,8 @@ from fuyou.tiers.io.tuning import Tuning
 Kind = Literal["read", "write", "flush"]
 Failure = tuple[int, str]  # errno, text
 
+_unfinished: set[Engine] = set()  # closed in vain: a drive may still read or write their operations' memory
+
 
 class IoTicket:
     """One operation of an engine. The engine holds it, and it holds `keep`, until the operation has ended."""
@@ -152,11 +154,17 @@ class Engine(ABC):
         """One line for each operation that has not ended, in the order of submission."""
 
     def close(self) -> None:
-        """Wait for every operation, then give back threads and descriptors. Idempotent; later use is StateError."""
+        """Wait for every operation, then give back threads and descriptors. Idempotent; later use is StateError.
+
+        After a DeadlineError nothing has been given back, and the next call goes on; until then the engine, and with it
+        the memory of its operations, lives as long as the process.
+        """
         if os.getpid() != self._pid:
             return  # a forked child inherited an object, not an engine
         if not self._closed and not self._stop(self.deadline_s):
+            _unfinished.add(self)
             raise self.past_deadline(f"Waited {self.deadline_s:g} s to close the I/O engine")
+        _unfinished.discard(self)
         self._closed = True
         with self._files_lock:
             files = list(self._files.values())
