@@ -112,7 +112,12 @@ class Run:
             self._make_movers(planned.plan, config, planned.blocks)
             self._fill(passed)
             undo.pop_all()
-        self._install()
+        try:
+            self._install()
+        except BaseException:
+            if self._open:  # all is on, and what failed is beside it (no descriptor left to measure with): take it off
+                self.close()
+            raise
 
     # The loop's own ---------------------------------------------------------------------------------------------------
 
