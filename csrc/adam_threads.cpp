@@ -17,7 +17,7 @@ namespace fuyou {
 
 namespace {
 
-constexpr size_t kPiece = size_t{1} << 16;  // elements: some 35 us of work, so that nobody waits for long at the end
+constexpr size_t kPieceLeast = size_t{1} << 16;   // elements, some 35 us of work: the last to end ends soon after
 constexpr size_t kThreadLeast = size_t{1} << 17;  // elements for each thread: less is done before another has started
 
 void enter_thread(const std::vector<int>& cpus) {
@@ -47,8 +47,14 @@ bool deal(size_t count, const AdamThreads& threads, const std::function<bool(siz
     std::atomic<size_t> next{0};
     std::atomic<bool> any{false};
     const auto work = [&] {
-        for (size_t begin; (begin = next.fetch_add(kPiece, std::memory_order_relaxed)) < count;)
-            if (task(begin, std::min(begin + kPiece, count))) any.store(true, std::memory_order_relaxed);
+        size_t begin = next.load(std::memory_order_relaxed);
+        while (begin < count) {
+            // Long pieces first and short ones last: few of them, and nobody waits for long at the end.
+            const size_t piece = std::max(kPieceLeast, (count - begin) / (4 * most) / 16 * 16);
+            if (!next.compare_exchange_weak(begin, begin + piece, std::memory_order_relaxed)) continue;
+            if (task(begin, std::min(begin + piece, count))) any.store(true, std::memory_order_relaxed);
+            begin = next.load(std::memory_order_relaxed);
+        }
     };
 
     std::vector<std::thread> others;

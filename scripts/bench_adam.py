@@ -301,7 +301,7 @@ def main() -> None:
     results = []
     for text in options.parameters:
         count = int(float(text.rstrip("mM")) * 1e6) if text[-1] in "mM" else int(float(text))
-        for threads in [1, None] if options.threads == "both" else [1 if options.threads == "1" else None]:
+        for threads in [None, 1] if options.threads == "both" else [1 if options.threads == "1" else None]:
             results.append(run(count, threads, options.rounds, not options.small_pages))
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")

@@ -208,7 +208,7 @@ def test_cpus_that_are_not_there() -> None:
 WITHOUT_THREADS = """
 import resource, torch
 from fuyou.swap.adam import AdamHyper, load_kernels
-states = [[torch.full((200_000,), value) for value in (1.0, 0.1, 0.01, 0.3)] for _ in range(2)]
+states = [[torch.full((2_000_000,), value) for value in (1.0, 0.1, 0.01, 0.3)] for _ in range(2)]
 hyper = AdamHyper(1e-3, 0.9, 0.999, 1e-8, 0.01, True)
 alone, many = load_kernels("native", threads=1), load_kernels("native", threads=4)
 alone.step_fp32(*states[0], tail=0, scales=[], hyper=hyper, step=1)
