@@ -21,10 +21,10 @@ import torch
 
 import fuyou
 from fuyou.core.errors import ConfigError
+from fuyou.core.limits import cpu_quota, killed_for_memory, read_memory
 from fuyou.train.child import End
 from fuyou.train.cores import choose_cores, cores_of_pci_device, format_cores, parse_cores, physical_cores
 from fuyou.train.killed import explain
-from fuyou.core.limits import cpu_quota, killed_for_memory, read_memory
 
 GIB = 2**30
 OWN = [name for name in os.environ if name.startswith(("FUYOU_", "OMP_", "MKL_"))]
