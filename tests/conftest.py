@@ -20,6 +20,7 @@ import psutil
 import pytest
 import sides
 import torch
+from drive_tools import run as run  # a fixture
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
