@@ -373,6 +373,28 @@ def test_training_goes_on_after_a_drive_that_stopped_reading(kind: str, place: P
         assert_empty(run)
 
 
+def test_a_fetch_that_was_given_up_brings_nothing_later(place: Place) -> None:
+    """Its room is somebody else's from then on: what the drive delivers late goes nowhere, and the next fetch is right."""
+    expected, weights = plain(3)
+    training = Training()
+    with nothing_leaks():
+        with training.wrap(place.folder, io="threads", ram="768KiB") as run:
+            losses = [training.step()]
+            run.settle()
+            run._swapper.drop_all()
+            away = [unit for unit in run._units if not unit.chunks[0].weights.on_host]
+            assert away
+            with reads_stopped(place.folder) as go_on:
+                assert run._swapper.fetch(away[0])
+                run._swapper.drop_all()
+                go_on()
+                run._tiers.inbound.submit(lambda: None, "nothing").wait(60)
+            assert not away[0].memory.tensor.any()
+            losses += [training.step(), training.step()]
+        assert losses == expected and same(training.weights(), weights)
+        assert_empty(run)
+
+
 def test_closing_over_a_drive_that_does_not_answer_says_so_and_can_be_repeated(kind: str, place: Place) -> None:
     oracle = Training()
     expected = [oracle.step(), oracle.backward()]
