@@ -39,6 +39,14 @@ def test_defaults_then_file_then_set(tmp_path):
     assert list(yaml.safe_load(config.to_yaml())) == list(TrainConfig.model_fields)
 
 
+def test_the_keys_of_a_run_reach_it(tmp_path):
+    """Every option of fuyou.Config that `fuyou train` has under the same name, at a value that is not its default."""
+    given = {"precision": "bf16", "activations": "keep", "durability": "checkpoint", "io": "threads"}
+    numbers = {"deadline_s": 7.5, "adam_threads": 3}
+    core = read_config(config_file(tmp_path, **given, **numbers)).core()
+    assert {name: getattr(core, name) for name in given | numbers} == given | numbers
+
+
 def test_one_epoch_unless_said_otherwise(tmp_path):
     assert read_config(config_file(tmp_path)).epochs == 1
     assert read_config(config_file(tmp_path), ["steps=3"]).epochs is None

@@ -96,6 +96,7 @@ class TrainConfig(BaseModel):
     io: str = "auto"
     verify_reads: bool = False
     deadline_s: Annotated[Number, Field(gt=0)] = DEADLINE_S
+    adam_threads: Annotated[Integer, Field(ge=1)] | None = None  # null: a share of the cores
 
     steps: Annotated[Integer, Field(ge=1)] | None = None
     epochs: Annotated[Number, Field(gt=0)] | None = None  # 1 when `steps` is not given either
@@ -131,6 +132,7 @@ class TrainConfig(BaseModel):
             io=self.io,
             verify_reads=self.verify_reads,
             deadline_s=self.deadline_s,
+            adam_threads=self.adam_threads,
         )
 
     def nvme_folders(self) -> list[str]:
