@@ -8,7 +8,8 @@ fp32 28 bytes a parameter (reads p, m, v, g; writes p, m, v), with a bf16 gradie
 split master 26 (reads hi, lo, m, v, g: 14; writes hi, lo, m, v: 12). The in-place bandwidth is the best of several
 in-place torch operations over as many large tensors, each element counted as read and written. All operands lie in
 ordinary anonymous memory, asked for in huge pages (as the product's arena is) unless --small-pages. "Level" is 0.97: the
-medians of two equal kernels are that far apart on a machine whose memory others use too.
+medians of two equal kernels are that far apart on a machine whose memory others use too. Before each turn all rest: the
+OpenMP threads of torch and DeepSpeed spin for a while after their work, and would hold a core that the next one needs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fuyou.swap.adam_cores import choose_cores
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True)
 FP32, COPY, SPLIT = 28, 28, 26  # bytes a parameter
+REST_S = 0.02  # longer than OpenMP's threads spin
 Action = Callable[[], object]
 
 
@@ -201,6 +203,7 @@ def measure(rows: dict[str, tuple[Action, int]], rounds: int, data: Operands) ->
     for number in range(rounds + 1):
         clear_tie_bits(data.exp_avg_sq)  # the split master's, which would be negative moments to the others
         for name, (action, _) in rows.items():
+            time.sleep(REST_S)
             began = time.perf_counter()
             action()
             if number:  # the first touches pages and starts threads
