@@ -1,6 +1,6 @@
 """One AdamW step beside what else there is: fuyou's kernels, torch fused, DeepSpeed's CPUAdam, and the memory itself.
 
-    python scripts/bench_adam.py [--parameters 50M 200M] [--rounds 9] [--json FILE]
+    python scripts/bench_adam.py [--parameters 50M 200M] [--rounds 25] [--json FILE]
 
 Everything runs in one process in interleaved rounds; the figures are medians, and every ratio is the median of the
 rounds' own ratios, so that a slow spell of the machine hits both sides. GB/s count what must cross the memory bus:
@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", nargs="+", default=["50M"], help="such as 50M 200M; 200M takes 5 GB")
     parser.add_argument("--threads", choices=["1", "all", "both"], default="both")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--small-pages", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
