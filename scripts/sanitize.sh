@@ -57,7 +57,7 @@ python_tests() {
         export ASAN_OPTIONS=$ASAN_OPTIONS:detect_leaks=0
         # a test that rebuilds csrc by itself, with sanitizers of its own, needs no second set of them
         "$python" -m pytest -q -p no:cacheprovider -o addopts= --basetemp="$work/tests" \
-            tests/test_io.py tests/test_adam.py tests/test_faults_*.py \
+            tests/test_io.py tests/test_tuning.py tests/test_adam*.py tests/test_faults_*.py \
             -m "not slow and not gpu" -k "not results_made_up"
     )
 }
