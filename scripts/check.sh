@@ -41,7 +41,7 @@ trap 'rm -rf "$clean"' EXIT
 step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step "mypy" "$bin/mypy"
-step "clang-format" "$bin/clang-format" --dry-run -Werror csrc/*.cpp csrc/*.hpp
+step "clang-format" "$bin/clang-format" --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/native/*.cpp tests/faults/*.c
 step "wheel, warnings are errors" strict_wheel "$clean"
 step "tests" bash scripts/test.sh -q "$@"
 

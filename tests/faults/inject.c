@@ -1,6 +1,7 @@
-// Loaded before everything else (LD_PRELOAD): makes chosen reads, writes and flushes of files fail, come short, ask to be
-// tried again, or stand still. Reads and writes by system call are answered here; those of an io_uring are changed in its
-// submission ring, so that a short transfer is a short transfer of the kernel's own, and what "fails" is not done at all.
+// Loaded before everything else (LD_PRELOAD): makes chosen reads, writes and flushes of files fail, come short, ask to
+// be tried again, or stand still. Reads and writes by system call are answered here; those of an io_uring are changed
+// in its submission ring, so that a short transfer is a short transfer of the kernel's own, and what "fails" is not
+// done at all.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -23,16 +24,16 @@ enum { FAIL = 1, SHORT, HANG };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t released = PTHREAD_COND_INITIALIZER;
 static struct {
-    int action;          // 0: nothing
-    long value;          // errno, or bytes
-    long skip, left;     // of the operations of this kind: not these first ones; then so many
-    long period;         // and of those only every so-manieth
+    int action;       // 0: nothing
+    long value;       // errno, or bytes
+    long skip, left;  // of the operations of this kind: not these first ones; then so many
+    long period;      // and of those only every so-manieth
     long seen, done;
 } plan[3];
-static char part[256];   // of the paths that count
-static int bell = -1;    // readable once what hangs may go on
+static char part[256];  // of the paths that count
+static int bell = -1;   // readable once what hangs may go on
 
-void fuyou_inject(const char *path_part, int kind, int action, long value, long skip, long count, long period) {
+void fuyou_inject(const char* path_part, int kind, int action, long value, long skip, long count, long period) {
     pthread_mutex_lock(&lock);
     snprintf(part, sizeof(part), "%s", path_part);
     if (bell < 0) bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -64,7 +65,7 @@ void fuyou_release(void) {
 }
 
 // What to do with the next operation of this kind. Under the lock.
-static int next_action(int kind, long *value) {
+static int next_action(int kind, long* value) {
     if (!plan[kind].action) return 0;
     const long number = plan[kind].seen++;
     if (number < plan[kind].skip || plan[kind].left <= 0) return 0;
@@ -105,29 +106,29 @@ static ssize_t judge(int fd, int kind, size_t nbytes) {
     return action == SHORT && (size_t)value < nbytes ? value : (ssize_t)nbytes;
 }
 
-#define REAL(type, name, ...)                                \
-    static type (*real)(__VA_ARGS__);                        \
-    if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
+#define REAL(type, name, ...)         \
+    static type (*real)(__VA_ARGS__); \
+    if (!real) real = (type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
 
-#define AT(name, mode, memory, kind)                                            \
-    ssize_t name(int fd, memory data, size_t nbytes, off_t offset) {            \
-        REAL(ssize_t, #name, int, memory, size_t, off_t);                       \
-        const ssize_t size = judge(fd, kind, nbytes);                           \
+#define AT(name, mode, memory, kind)                                                 \
+    ssize_t name(int fd, memory data, size_t nbytes, off_t offset) {                 \
+        REAL(ssize_t, #name, int, memory, size_t, off_t);                            \
+        const ssize_t size = judge(fd, kind, nbytes);                                \
         return size < 0 ? -1 : size == 0 ? 0 : real(fd, data, (size_t)size, offset); \
     }
-AT(pread, read, void *, READ)
-AT(pread64, read, void *, READ)
-AT(pwrite, write, const void *, WRITE)
-AT(pwrite64, write, const void *, WRITE)
+AT(pread, read, void*, READ)
+AT(pread64, read, void*, READ)
+AT(pwrite, write, const void*, WRITE)
+AT(pwrite64, write, const void*, WRITE)
 
-ssize_t read(int fd, void *data, size_t nbytes) {
-    REAL(ssize_t, "read", int, void *, size_t);
+ssize_t read(int fd, void* data, size_t nbytes) {
+    REAL(ssize_t, "read", int, void*, size_t);
     const ssize_t size = judge(fd, READ, nbytes);
     return size < 0 ? -1 : size == 0 ? 0 : real(fd, data, (size_t)size);
 }
 
-ssize_t write(int fd, const void *data, size_t nbytes) {
-    REAL(ssize_t, "write", int, const void *, size_t);
+ssize_t write(int fd, const void* data, size_t nbytes) {
+    REAL(ssize_t, "write", int, const void*, size_t);
     const ssize_t size = judge(fd, WRITE, nbytes);
     return size < 0 ? -1 : size == 0 ? 0 : real(fd, data, (size_t)size);
 }
@@ -142,8 +143,8 @@ int fdatasync(int fd) {
 static struct Ring {
     int fd;
     struct io_uring_params params;
-    char *rings;
-    struct io_uring_sqe *entries;
+    char* rings;
+    struct io_uring_sqe* entries;
     unsigned scanned, reaped;
     struct {
         uint64_t user_data;
@@ -161,13 +162,22 @@ static void change(uint64_t user_data, int result) {
     }
 }
 
-static void before_submission(struct io_uring_sqe *entry) {
+static void before_submission(struct io_uring_sqe* entry) {
     int kind;
     switch (entry->opcode) {
-        case IORING_OP_READ: case IORING_OP_READ_FIXED: kind = READ; break;
-        case IORING_OP_WRITE: case IORING_OP_WRITE_FIXED: kind = WRITE; break;
-        case IORING_OP_FSYNC: kind = FLUSH; break;
-        default: return;
+        case IORING_OP_READ:
+        case IORING_OP_READ_FIXED:
+            kind = READ;
+            break;
+        case IORING_OP_WRITE:
+        case IORING_OP_WRITE_FIXED:
+            kind = WRITE;
+            break;
+        case IORING_OP_FSYNC:
+            kind = FLUSH;
+            break;
+        default:
+            return;
     }
     long value = 0;
     const int action = next_action(kind, &value);
@@ -190,18 +200,18 @@ static void before_submission(struct io_uring_sqe *entry) {
 }
 
 static void before_enter(void) {
-    const struct io_sqring_offsets *at = &ring.params.sq_off;
-    const unsigned tail = *(unsigned *)(ring.rings + at->tail), mask = ring.params.sq_entries - 1;
-    const unsigned *array = (unsigned *)(ring.rings + at->array);
+    const struct io_sqring_offsets* at = &ring.params.sq_off;
+    const unsigned tail = *(unsigned*)(ring.rings + at->tail), mask = ring.params.sq_entries - 1;
+    const unsigned* array = (unsigned*)(ring.rings + at->array);
     for (; ring.scanned != tail; ++ring.scanned) before_submission(&ring.entries[array[ring.scanned & mask]]);
 }
 
 static void after_enter(void) {
-    const struct io_cqring_offsets *at = &ring.params.cq_off;
-    const unsigned tail = __atomic_load_n((unsigned *)(ring.rings + at->tail), __ATOMIC_ACQUIRE);
-    struct io_uring_cqe *completions = (struct io_uring_cqe *)(ring.rings + at->cqes);
+    const struct io_cqring_offsets* at = &ring.params.cq_off;
+    const unsigned tail = __atomic_load_n((unsigned*)(ring.rings + at->tail), __ATOMIC_ACQUIRE);
+    struct io_uring_cqe* completions = (struct io_uring_cqe*)(ring.rings + at->cqes);
     for (; ring.reaped != tail; ++ring.reaped) {
-        struct io_uring_cqe *completion = &completions[ring.reaped & (ring.params.cq_entries - 1)];
+        struct io_uring_cqe* completion = &completions[ring.reaped & (ring.params.cq_entries - 1)];
         for (unsigned i = 0; i < 4096; ++i) {
             if (!ring.changed[i].used || ring.changed[i].user_data != completion->user_data) continue;
             completion->res = ring.changed[i].result;
@@ -231,7 +241,7 @@ long syscall(long number, ...) {
         pthread_mutex_lock(&lock);
         memset(&ring, 0, sizeof(ring));
         ring.fd = (int)result;
-        memcpy(&ring.params, (void *)a[1], sizeof(ring.params));
+        memcpy(&ring.params, (void*)a[1], sizeof(ring.params));
         pthread_mutex_unlock(&lock);
     } else if (ours) {
         pthread_mutex_lock(&lock);
@@ -242,18 +252,18 @@ long syscall(long number, ...) {
     return result;
 }
 
-static void mapped(int fd, off_t offset, void *address) {
+static void mapped(int fd, off_t offset, void* address) {
     if (fd < 0 || fd != ring.fd || address == MAP_FAILED) return;
     if (offset == (off_t)IORING_OFF_SQ_RING) ring.rings = address;
     if (offset == (off_t)IORING_OFF_SQES) ring.entries = address;
 }
 
-#define MAP(name)                                                                              \
-    void *name(void *address, size_t length, int protection, int flags, int fd, off_t offset) { \
-        REAL(void *, #name, void *, size_t, int, int, int, off_t);                             \
-        void *result = real(address, length, protection, flags, fd, offset);                   \
-        mapped(fd, offset, result);                                                            \
-        return result;                                                                         \
+#define MAP(name)                                                                               \
+    void* name(void* address, size_t length, int protection, int flags, int fd, off_t offset) { \
+        REAL(void*, #name, void*, size_t, int, int, int, off_t);                                \
+        void* result = real(address, length, protection, flags, fd, offset);                    \
+        mapped(fd, offset, result);                                                             \
+        return result;                                                                          \
     }
 MAP(mmap)
 MAP(mmap64)
