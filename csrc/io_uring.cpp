@@ -35,15 +35,17 @@ class UringBackend final : public Backend {
         for (unsigned i = depth; i > 0; --i) free_pieces_.push_back(i - 1);
         event_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         if (event_fd_ < 0) throw IoError{errno, "cannot make an eventfd: " + errno_text(errno)};
-        std::promise<void> made;
+        // The thread owns the promise: ours could be gone while it is still telling us.
+        std::promise<void> promise;
+        std::future<void> made = promise.get_future();
         try {
-            thread_ = std::thread([this, &made] { work(made); });
+            thread_ = std::thread([this](std::promise<void> tell) { work(tell); }, std::move(promise));
         } catch (const std::system_error& error) {
             ::close(event_fd_);
             throw IoError{error.code().value(), "cannot start the io_uring thread"};
         }
         try {
-            made.get_future().get();
+            made.get();
         } catch (...) {
             thread_.join();
             ::close(event_fd_);
@@ -257,7 +259,7 @@ void UringBackend::work(std::promise<void>& made) {
         return made.set_exception(std::current_exception());
     }
     make_tables(*ring);
-    made.set_value();  // `made` is gone from here on
+    made.set_value();
     serve(*ring);
     run_requests(*ring);  // whoever asked before we stopped is waiting
     // A forked child that still lives holds the ring open: our pinned pages and files must not wait for it.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from drive_tools import file_size_limit
 
 from fuyou.core.errors import ConfigError
 from fuyou.core.ledger import Ledger
@@ -39,17 +38,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same measurement, over before a test is slow. Its figures mean nothing, and no test looks at them."""
     monkeypatch.setattr(measure, "PROBE_S", 0.005)
     monkeypatch.setattr(measure, "SCRATCH_BYTES", 8 * measure.OPERATION_BYTES)
-
-
-@contextlib.contextmanager
-def file_size_limit(nbytes: int) -> Iterator[None]:
-    """RLIMIT_FSIZE: what asks for a longer file gets EFBIG (Python ignores SIGXFSZ)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class TestRemembering:
