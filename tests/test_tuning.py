@@ -150,7 +150,7 @@ def test_the_arena_is_on_huge_pages_and_holds_not_a_byte_more() -> None:
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not modes.exists() or "[never]" in modes.read_text():
         pytest.skip("the kernel gives no transparent huge pages")
-    nbytes = 16 * HUGE_BYTES + 3 * PAGE_BYTES
+    nbytes = 17 * HUGE_BYTES - PAGE_BYTES  # the last huge page would be a page too large
     arena = Arena(nbytes, ledger())
     before = resident(arena)
     arena.bytes.fill_(1)
