@@ -18,6 +18,7 @@ from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, DeadlineError, StateError
 from fuyou.core.sizes import format_bytes
+from fuyou.core.ticket import Ticket
 from fuyou.plan.planner import Plan
 from fuyou.report import Report
 from fuyou.runtime.away import Away
@@ -32,8 +33,10 @@ from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import HookStack, TensorBook
 from fuyou.swap.gradients import Gradient, Gradients
-from fuyou.swap.optimizer_state import StateAccess, UpdateStream, fill
+from fuyou.swap.loader import Loader
+from fuyou.swap.optimizer_state import StateAccess, fill
 from fuyou.swap.unit import Member
+from fuyou.swap.updates import Updates
 from fuyou.swap.weights import Swapper
 
 
@@ -103,12 +106,12 @@ class Run:
                 planned.device, config,
             )  # fmt: skip
             undo.callback(self._tiers.close)
-            self._ledger, self._arena = self._tiers.ledger, self._tiers.arena
+            self._ledger = self._tiers.ledger
             homes = Homes(planned.plan, planned.numbers, self._tiers.store)
             self._tiers.open_store()
             for index, (unit, named) in enumerate(planned.packed):
                 unit.pack(named)
-                homes.give(index, unit, self._arena)
+                homes.give(index, unit, self._tiers.resident)
             self._make_movers(planned.plan, config, planned.blocks)
             self._fill(passed)
             undo.pop_all()
@@ -128,14 +131,16 @@ class Run:
         self.close()
 
     def settle(self) -> None:
-        """Every write under way is done, and every change made to a parameter's copy is home. Raises their errors."""
+        """Every update that was asked for is made, every write under way is done, every change made to a parameter's copy
+        is home, and with durability "step" the last step is committed. Raises their errors."""
         self._guard()
         self._settle()
 
     def _settle(self) -> None:
         self._schedule.end_backward()
         self._away.settle()
-        self._gradients.before_update()
+        self._gradients.end_backward()
+        self._updates.drain()
         self._tiers.writes.drain()
 
     def report(self) -> Report:
@@ -153,6 +158,7 @@ class Run:
             "traffic": traffic,
             "steps": steps,
             "step_count": self._clock.count,
+            "updates": dict(self._updates.counts),
             "device": str(self.device),
             "drives": self._tiers.store.summary() if self._tiers.store is not None else [],
             "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},
@@ -183,7 +189,9 @@ class Run:
 
     @property
     def committed_step(self) -> int:
-        raise ConfigError("run.committed_step is not built yet: steps are not committed, and a run cannot be resumed.")
+        """The newest step that is complete on the drives; 0 while none is, and where steps are not committed."""
+        store = self._tiers.store
+        return store.committed_step if store is not None and self._tiers.durable else 0
 
     @property
     def user_state(self) -> dict[str, Any]:
@@ -230,13 +238,25 @@ class Run:
     def _make_movers(self, plan: Plan, config: Config, blocks: Sequence[Any]) -> None:
         tiers, hooks = self._tiers, HookStack()
         self._away = Away(self._ledger, hooks)
-        self._swapper = Swapper(
-            device=tiers.link, arena=tiers.arena, ledger=tiers.ledger, inbound=tiers.inbound,
-            limit_bytes=plan.slot_limit_bytes, buffer_bytes=plan.inbound_buffer_bytes,
-            bind=self._away.bind, unbind=self._away.unbind,
+        self._gradients = Gradients(
+            tiers.link, tiers.ledger, tiers.writes, drop_idle=lambda: self._swapper.drop_idle(),
+            complete=lambda chunk: self._schedule.complete(chunk),
         )  # fmt: skip
-        self._gradients = Gradients(tiers.link, tiers.ledger, tiers.writes, self._swapper.drop_idle)
-        self._access = StateAccess(tiers.kernels, tiers.writes)
+        self._updates = Updates(
+            tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
+            handover=self._gradients.handover, commit=self._commit if tiers.durable else None,
+            deadline_s=tiers.deadline_s, in_flight=tiers.in_flight,
+        )  # fmt: skip
+        self._gradients.start(self._updates)
+        loader = Loader(
+            tiers.link, tiers.buffers(plan.inbound_buffer_bytes, plan.staging.inbound),
+            settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight,
+        )  # fmt: skip
+        self._swapper = Swapper(
+            device=tiers.link, ledger=tiers.ledger, loader=loader, writes=tiers.writes, claims=self._updates,
+            limit_bytes=plan.slot_limit_bytes, bind=self._away.bind, unbind=self._away.unbind,
+        )  # fmt: skip
+        self._access = StateAccess(tiers.kernels, tiers.writes, self._updates)
         self._away.start(self._swapper, self._access)
         self._clock = StepClock()
         self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
@@ -245,11 +265,15 @@ class Run:
         self._model_calls = BlockCalls(None, "the model", self.model, loose)
         self._schedule = Schedule(
             blocks=[BlockCalls(index, each.name or "the model", each.module, of_block[index]) for index, each in enumerate(blocks)],
-            units=self._units, swapper=self._swapper, gradients=self._gradients,
-            updates=UpdateStream(tiers.kernels, tiers.writes, self._clock.stall),
+            units=self._units, swapper=self._swapper, gradients=self._gradients, updates=self._updates,
             away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=tiers.link, recompute=config.recompute, traffic=tiers.traffic,
+            gauge=self._gauge, device=tiers.link, recompute=config.recompute, update=config.update, traffic=tiers.traffic,
         )  # fmt: skip
+
+    def _commit(self, step: int) -> Ticket:
+        if self._tiers.store is None:
+            raise StateError("Steps are committed to drives, and this run has none.")
+        return self._tiers.store.commit(step, {})
 
     def _fill(self, passed: torch.optim.Optimizer) -> None:
         """Parameters, and state that the passed optimizer has, to their homes. The model keeps its own memory so far."""
@@ -283,11 +307,12 @@ class Run:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
-        enlisting = Enlisting(self._tiers, self._installation.watch)
+        enlisting = Enlisting(self._tiers, self._updates, self._installation.watch)
         self._schedule.enlist = enlisting.gradient
         self.optimizer = Optimizer(
             self.model, self._passed, self._members, self._schedule, self._gradients, self._access, enlisting, self._guard
         )  # fmt: skip
+        self._schedule.planned = self.optimizer.planned
         self._passed.state.clear()
         self._tiers.link.limit()
         self._installation.replace_step(self._passed)
@@ -365,6 +390,7 @@ class Run:
                         if each is not None:
                             closing.callback(each.release)
             closing.callback(self._swapper.close)
+            closing.callback(self._updates.close)
             closing.callback(self._gradients.close)
             closing.callback(self._tiers.writes.drain)
         for unit in self._units:

@@ -13,6 +13,7 @@ from fuyou.core.ticket import DEADLINE_S
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": (None, "fp32", "bf16"),
     "activations": ("auto", "keep", "recompute", "host", "nvme"),
+    "update": ("auto", "speculative", "deferred", "step"),
     "durability": (None, "step", "checkpoint"),
     "io": ("auto", "io_uring", "threads", "aiofiles"),
     "verify_reads": (False, True),
@@ -20,13 +21,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _NOT_BUILT = {
     ("activations", "host"): "activations='host' is not built yet: use 'recompute' or 'keep'.",
     ("activations", "nvme"): "activations='nvme' is not built yet: use 'recompute' or 'keep'.",
-    ("durability", "step"): "durability='step' is not built yet: use 'checkpoint', and know that a run cannot be resumed yet.",
     ("verify_reads", True): "verify_reads=True is not built yet: leave it False.",
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {
     "precision": None,
     "blocks": None,
     "activations": "auto",
+    "update": "auto",
     "durability": None,
     "micro_batch": None,
     "io": "auto",
@@ -42,7 +43,12 @@ class Config:
     precision: "fp32" | "bf16"; None follows the parameters' dtype.
     blocks: module names that move as one unit each; None finds them.
     activations: "auto" (recompute, until the planner decides) | "keep" | "recompute".
-    durability: None is "checkpoint": state in flight is not committed, and a run cannot be resumed yet.
+    update: when a chunk of the model is updated; the results are the same bits. "step": within `step()`, which waits for
+        all. "deferred": after it, under the next forward, ahead of each block's use. "speculative": also during backward,
+        where it can be taken back if `step()` wants something else. "auto": as "speculative" where that pays, and not for
+        a while after guesses were wrong.
+    durability: "step" commits every step to the drives; "checkpoint", and None for now, does not. A run cannot be resumed
+        yet in either.
     io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
     deadline_s: seconds, more than 0, after which any wait for a drive, a copy, host memory or a worker is a DeadlineError that
     names the operations in flight.
@@ -57,6 +63,7 @@ class Config:
     precision: str | None
     blocks: tuple[str, ...] | None
     activations: str
+    update: str
     durability: str | None
     micro_batch: int | None
     io: str

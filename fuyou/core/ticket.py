@@ -38,6 +38,19 @@ class Done:
 DONE = Done()
 
 
+class Failed:
+    """A ticket of something that could not be started."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        raise self._error
+
+
 class AllOf:
     """A ticket that is done when every one of `tickets` is; its wait raises the first error in their order."""
 

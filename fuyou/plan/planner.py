@@ -9,10 +9,26 @@ from fuyou.core.errors import BudgetError
 from fuyou.core.sizes import align_up, format_bytes
 
 PAGE_BYTES = 4096
-KINDS = ("weights", "gradients", "optimizer")  # host memory goes to what crosses the link most often a byte, in order
+KINDS = ("weights", "gradients", "optimizer")
 CHUNK_ELEMENTS = tuple(2**power for power in range(22, 11, -1))  # 4 Mi (64 MiB staged in fp32) down to 4 Ki
-STAGED_UPDATES = 3  # one chunk read, one updated, one written
-INBOUND_BUFFERS = 2
+LARGE_CHUNK = 2**19  # elements, enough for a drive; larger ones only spare work where memory is plenty
+# Of the largest block on the device at once, where there is room: one computes, others are on their way.
+SLOT_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class StagingCounts:
+    """How many pieces of host memory, each for one chunk, traffic goes through."""
+
+    inbound: int  # weights on their way to the device
+    updates: int  # weights, state and gradient of an update: being read, computed or written
+    gradients: int  # on their way home, or waiting for their update
+
+
+# A drive is fast with many requests in flight, and a chunk of a small budget is one request. The few are for budgets
+# that have no room for more.
+MANY = StagingCounts(inbound=6, updates=6, gradients=8)
+FEW = StagingCounts(inbound=2, updates=2, gradients=0)
 # Room on the device for activations and torch's temporaries that `wrap` insists on; what a batch needs beyond it is
 # refused in its first forward or backward. CUDA: context-free workspaces of cuBLAS and the allocator's rounding too.
 WORKING_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -45,15 +61,32 @@ class UnitNumbers:
 
 @dataclass(frozen=True)
 class Plan:
-    """`on_host` holds (unit index, chunk index, kind) of the chunks whose home is host memory; the rest is on NVMe."""
+    """`on_host` holds (unit index, chunk index) of the chunks whose home is host memory, all kinds together; the rest is on
+    NVMe. [Note: cache] Every chunk is used at the same times in every step, so a fixed set, spread evenly over the model,
+    finds as much in memory as any other choice could, and the drive has as much to do under one block as under another. A
+    chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
+
+    `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
+    `state_slots`: slots of an NVMe extent that updates rewrite. `through`: what is on the host is on NVMe too.
+    """
 
     chunk_elements: int
     inbound_buffer_bytes: int
-    arena_bytes: int
+    update_buffer_bytes: int
+    staging: StagingCounts
+    staging_bytes: int
+    resident_bytes: int
     slot_limit_bytes: int
     working_bytes: int
     nvme_bytes: int
-    on_host: frozenset[tuple[int, int, str]]
+    state_slots: int
+    through: bool
+    on_host: frozenset[tuple[int, int]]
+    spare: frozenset[tuple[int, int]]
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.staging_bytes + self.resident_bytes
 
 
 def chunk_spans(elements: int, chunk_elements: int) -> list[tuple[int, int]]:
@@ -68,23 +101,35 @@ def make_plan(
     gpu_bytes: int,
     device_kind: str,
     buffer_bytes: int,
-    state_slots: int,
     with_nvme: bool,
+    nvme_limit_bytes: int | None = None,
+    durable: bool = False,
+    update: str = "auto",
 ) -> Plan:
     """Decide, or raise BudgetError naming the tier that is short, by how much, and of what.
 
-    `buffer_bytes`: the model's registered buffers, on the device for good. `state_slots`: slots of an NVMe extent that
-    updates rewrite (gradients have one).
+    `buffer_bytes`: the model's registered buffers, on the device for good. `durable`: steps are committed. `update`: as
+    fuyou.Config's.
     """
     working = WORKING_BYTES[device_kind]
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
-    chunk, buffer, staging = _plan_staging(units, ram_bytes, with_nvme)
-    on_host, resident, nvme = _place(units, chunk, ram_bytes - staging, state_slots, with_nvme)
-    return Plan(chunk, buffer, staging + resident, slot_limit, working, nvme, on_host)
+    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme)
+    guesses = update in ("auto", "speculative")
+    # Without a GPU the update of what is in memory takes from compute what it takes, earlier or later.
+    spares = update == "speculative" or (guesses and device_kind == "cuda")
+    place = _Placing(units, chunk, ram_bytes - staging, with_nvme, durable, spares)
+    slots = 2 if durable or guesses else 1
+    nvme = place.nvme_bytes(slots)
+    if not durable and slots == 2 and nvme_limit_bytes is not None and nvme > nvme_limit_bytes:
+        slots, nvme = 1, place.nvme_bytes(1)  # room for one of each: updates wait for `step()`
+    return Plan(
+        chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, with_nvme and durable,
+        frozenset(place.on_host), frozenset(place.spare),
+    )  # fmt: skip
 
 
 def _plan_device(units: Sequence[UnitNumbers], gpu_bytes: int, working: int, buffers: int) -> int:
-    """Bytes of units that may be on the device at once: two of the largest block, or one where there is no more room."""
+    """Bytes of units that may be on the device at once: some of the largest block, or one where there is no more room."""
     pinned = sum(each.weight_bytes for each in units if not each.owners)
     blocks: dict[int, int] = {}
     for each in units:
@@ -102,21 +147,31 @@ def _plan_device(units: Sequence[UnitNumbers], gpu_bytes: int, working: int, buf
             "or name smaller blocks (Config(blocks=[...])).",
             tier="device", needed_bytes=needed, given_bytes=gpu_bytes,
         )  # fmt: skip
-    return pinned + min(2 * largest, gpu_bytes - needed + largest)
+    return pinned + min(SLOT_BLOCKS * largest, gpu_bytes - needed + largest)
 
 
-def _plan_staging(units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool) -> tuple[int, int, int]:
-    """(elements a chunk, bytes of an inbound buffer, bytes of all staging): at most half of the budget where it can be."""
+def _plan_staging(
+    units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool
+) -> tuple[int, StagingCounts, tuple[int, int], int]:
+    """(elements a chunk, counts, bytes of an inbound and of an update's buffer, bytes of all staging): at most half of the
+    budget where it can be, and an eighth for large chunks."""
     if not with_nvme:
-        return CHUNK_ELEMENTS[0], 0, 0
+        return CHUNK_ELEMENTS[0], FEW, (0, 0), 0
     # Frozen units count as if they were trained: they may be, later, and must then pass through the same staging.
     units = [replace(each, trainable=True, optimized=True) for each in units]
-    for chunk in CHUNK_ELEMENTS:
-        buffer = max((_aligned(each, "weights", chunk) for each in units), default=PAGE_BYTES)
+
+    def staging_of(chunk: int, counts: StagingCounts) -> tuple[tuple[int, int], int]:
+        weights = max((_aligned(each, "weights", chunk) for each in units), default=PAGE_BYTES)
         update = max((sum(_aligned(each, kind, chunk) for kind in KINDS) for each in units), default=PAGE_BYTES)
-        staging = INBOUND_BUFFERS * buffer + STAGED_UPDATES * update
-        if staging <= ram_bytes // 2:
-            return chunk, buffer, staging
+        # One more update's worth for what a user reads and writes between steps.
+        total = counts.inbound * weights + counts.updates * update + counts.gradients * weights + update
+        return (weights, update), total
+
+    for counts, chunks in ((MANY, CHUNK_ELEMENTS), (FEW, CHUNK_ELEMENTS[-4:])):
+        for chunk in chunks:
+            buffers, staging = staging_of(chunk, counts)
+            if staging <= ram_bytes // (2 if chunk <= LARGE_CHUNK else 8):
+                return chunk, counts, buffers, staging
     if staging > ram_bytes:
         raise BudgetError(
             f"The host budget ram={format_bytes(ram_bytes)} is {format_bytes(staging - ram_bytes)} "
@@ -124,36 +179,58 @@ def _plan_staging(units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool)
             f"{format_bytes(staging)} ({staging} bytes). Give ram at least that.",
             tier="host", needed_bytes=staging, given_bytes=ram_bytes,
         )  # fmt: skip
-    return chunk, buffer, staging
+    return chunk, counts, buffers, staging
 
 
-def _place(
-    units: Sequence[UnitNumbers], chunk_elements: int, room: int, state_slots: int, with_nvme: bool
-) -> tuple[frozenset[tuple[int, int, str]], int, int]:
-    """(what is at home on the host, its bytes, bytes of the NVMe extents)."""
-    on_host: set[tuple[int, int, str]] = set()
-    resident = nvme = needed = 0
-    for kind in KINDS:
-        for index, unit in enumerate(units):
-            for number, (_, count) in enumerate(chunk_spans(unit.elements, chunk_elements)):
-                nbytes = align_up(unit.bytes_of(kind, count), PAGE_BYTES)
-                needed += nbytes
-                if nbytes == 0:
-                    continue
-                if not with_nvme or resident + nbytes <= room:
-                    on_host.add((index, number, kind))
-                    resident += nbytes
-                else:
-                    rewritten = kind == "optimizer" or (kind == "weights" and unit.optimized)
-                    nvme += nbytes * (state_slots if rewritten else 1)
-    if not with_nvme and needed > room:
-        raise BudgetError(
-            f"The host budget ram={format_bytes(room)} is {format_bytes(needed - room)} ({needed - room} bytes) short: "
-            f"with nvme=None weights, gradients and optimizer state all stay in host memory and need "
-            f"{format_bytes(needed)} ({needed} bytes). Give ram at least that, or an nvme folder.",
-            tier="host", needed_bytes=needed, given_bytes=room,
-        )  # fmt: skip
-    return frozenset(on_host), resident, nvme
+class _Placing:
+    """Which chunks are on the host, and what the others take on the drives."""
+
+    def __init__(
+        self, units: Sequence[UnitNumbers], chunk_elements: int, room: int, with_nvme: bool, durable: bool, spares: bool
+    ) -> None:
+        self._durable = durable
+        self.on_host: set[tuple[int, int]] = set()
+        self.spare: set[tuple[int, int]] = set()
+        self._rewritten = self._once = 0  # bytes on the drives of what updates rewrite, and of the rest
+        chunks = [
+            (index, number, {kind: align_up(unit.bytes_of(kind, count), PAGE_BYTES) for kind in KINDS})
+            for index, unit in enumerate(units)
+            for number, (_, count) in enumerate(chunk_spans(unit.elements, chunk_elements))
+        ]
+        needed = sum(sum(each.values()) for _, _, each in chunks)
+        if not with_nvme and needed > room:
+            raise BudgetError(
+                f"The host budget ram={format_bytes(room)} is {format_bytes(needed - room)} ({needed - room} bytes) short: "
+                f"with nvme=None weights, gradients and optimizer state all stay in host memory and need "
+                f"{format_bytes(needed)} ({needed} bytes). Give ram at least that, or an nvme folder.",
+                tier="host", needed_bytes=needed, given_bytes=room,
+            )  # fmt: skip
+        share = 1.0 if not with_nvme else min(1.0, room / max(needed, 1))
+        due = 0.0  # bytes that the chunks so far should have on the host
+        resident = 0
+        for index, number, its in chunks:
+            nbytes = sum(its.values())
+            due += share * nbytes
+            if resident + nbytes <= (needed if share == 1.0 else min(room, due + nbytes / 2)):
+                self.on_host.add((index, number))
+                resident += nbytes
+            self._count(units[index], its, (index, number) in self.on_host)
+        for index, number, its in chunks:
+            nbytes = its["weights"] + its["optimizer"]
+            if spares and its["optimizer"] and (index, number) in self.on_host and resident + nbytes <= room:
+                self.spare.add((index, number))
+                resident += nbytes
+        self.resident_bytes = resident
+
+    def nvme_bytes(self, slots: int) -> int:
+        return slots * self._rewritten + self._once
+
+    def _count(self, unit: UnitNumbers, its: dict[str, int], on_host: bool) -> None:
+        rewritten = its["optimizer"] + (its["weights"] if unit.optimized else 0)
+        if not on_host:
+            self._once += sum(its.values()) - rewritten
+        if not on_host or self._durable:
+            self._rewritten += rewritten
 
 
 def _aligned(unit: UnitNumbers, kind: str, chunk_elements: int) -> int:

@@ -10,14 +10,13 @@ from torch import nn
 from fuyou.core.blocks import Block, owners
 from fuyou.core.errors import ConfigError
 from fuyou.core.layout import Layout
-from fuyou.plan.planner import Plan, UnitNumbers, chunk_spans
+from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
 from fuyou.swap.ranges import Range
 from fuyou.swap.unit import Chunk, Unit
 from fuyou.tiers.host import Arena
-from fuyou.tiers.store import Store
+from fuyou.tiers.store import Extent, Store
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STATE_SLOTS = 2  # of an NVMe extent that updates rewrite: an update never overwrites what it was made from
 
 
 def name_optimizer_strangers(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -99,47 +98,44 @@ class Homes:
     def __init__(self, plan: Plan, numbers: Sequence[UnitNumbers], store: Store | None) -> None:
         self._plan = plan
         self._numbers = numbers
-        self._store = store
-        self._extents = {
-            (index, number, kind): store.place(numbers[index].bytes_of(kind, count), kind, slots)
-            for index, number, kind, count, slots in self._on_nvme()
-            if store is not None
-        }
-
-    def _on_nvme(self) -> list[tuple[int, int, str, int, int]]:
-        """(unit, chunk, kind, elements, slots), unit by unit, so that what is read together lies together."""
-        placed = []
-        for index, unit in enumerate(self._numbers):
+        self._extents: dict[tuple[int, int, str], Extent] = {}
+        for index, unit in enumerate(numbers):  # unit by unit, so that what is read together lies together
             for kind in ("weights", "optimizer", "gradients"):
-                for number, (_, count) in enumerate(chunk_spans(unit.elements, self._plan.chunk_elements)):
-                    if unit.bytes_of(kind, count) and (index, number, kind) not in self._plan.on_host:
-                        slots = STATE_SLOTS if kind == "optimizer" or (kind == "weights" and unit.optimized) else 1
-                        placed.append((index, number, kind, count, slots))
-        return placed
+                for number, (_, count) in enumerate(chunk_spans(unit.elements, plan.chunk_elements)):
+                    nbytes = unit.bytes_of(kind, count)
+                    rewritten = kind == "optimizer" or (kind == "weights" and unit.optimized)
+                    on_drives = (index, number) not in plan.on_host or (plan.through and rewritten)
+                    if store is not None and nbytes and on_drives:
+                        slots = plan.state_slots if rewritten else 1
+                        self._extents[index, number, kind] = store.place(nbytes, kind, slots, committed=rewritten)
 
     def give(self, index: int, unit: Unit, arena: Arena) -> None:
         """Make the unit's chunks."""
-
-        def home(number: int, kind: str, count: int) -> Range | None:
-            nbytes = self._numbers[index].bytes_of(kind, count)
-            if nbytes == 0:
-                return None
-            key = (index, number, kind)
-            return Range(
-                nbytes, arena.lease(nbytes, kind, unit.name) if key in self._plan.on_host else self._extents[key]
-            )
-
         for number, (start, count) in enumerate(chunk_spans(unit.layout.count, self._plan.chunk_elements)):
-            weights = home(number, "weights", count)
+            weights, gradient, state = (self._home(index, number, kind, count, arena) for kind in KINDS)
             if weights is None:
                 raise ConfigError(f"Unit {unit.name} has no weights.")
-            chunk = Chunk(
-                unit, start, count, weights, home(number, "optimizer", count), home(number, "gradients", count)
-            )
+            if state is not None and (index, number) in self._plan.spare:
+                for each in (weights, state):
+                    each.spare = arena.lease(each.nbytes, "optimizer", unit.name)
+            chunk = Chunk(unit, start, count, weights, state, gradient)
             chunk.parts = [
                 (unit.members[member], first, last) for member, first, last in unit.layout.within(start, start + count)
             ]
             unit.chunks.append(chunk)
+
+    def _home(self, index: int, number: int, kind: str, count: int, arena: Arena) -> Range | None:
+        nbytes = self._numbers[index].bytes_of(kind, count)
+        extent = self._extents.get((index, number, kind))
+        if nbytes == 0:
+            return None
+        if (index, number) in self._plan.on_host:
+            home = Range(nbytes, arena.lease(nbytes, kind, self._numbers[index].name))
+            home.through = extent
+            return home
+        if extent is None:
+            raise ConfigError(f"The {kind} of {self._numbers[index].name} were given no home.")
+        return Range(nbytes, extent)
 
 
 def _dtype(name: str, parameter: nn.Parameter, precision: str | None) -> torch.dtype:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fuyou.runtime.build import STATE_SLOTS
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.ranges import Range
 from fuyou.swap.unit import Member, chunks_of
+from fuyou.swap.updates import Updates
 from fuyou.tiers.store import Extent
 
 
@@ -18,8 +18,9 @@ class Enlisting:
     BudgetError or StoreError where there is no room, which is before any update: what was given by then is kept.
     """
 
-    def __init__(self, tiers: Tiers, watch: Callable[[Member], None]) -> None:
+    def __init__(self, tiers: Tiers, updates: Updates, watch: Callable[[Member], None]) -> None:
         self._tiers = tiers
+        self._updates = updates
         self._watch = watch
 
     def gradient(self, member: Member) -> None:
@@ -35,9 +36,10 @@ class Enlisting:
         """A home for its optimizer state, which starts from zeros, and for its gradient. In bf16 its master is the weight."""
         self.gradient(member)
         for chunk in chunks_of(member):
+            self._updates.claim(chunk)  # of other parameters in it
             if chunk.state is None:
                 nbytes = chunk.count * member.unit.state_bytes_per_element
-                chunk.state = Range(nbytes, self._tiers.home(nbytes, "optimizer", STATE_SLOTS, member.name))
-            if isinstance(chunk.weights.home, Extent) and self._tiers.store is not None:
+                chunk.state = Range(nbytes, self._tiers.home(nbytes, "optimizer", self._tiers.state_slots, member.name))
+            if isinstance(chunk.weights.home, Extent) and self._tiers.store is not None and self._tiers.state_slots > 1:
                 self._tiers.store.add_slot(chunk.weights.home)  # from now on updates rewrite it
         member.optimized = True

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -60,9 +61,9 @@ def free_host_bytes() -> int:
 class StepClock:
     """Seconds of each step, and of those the seconds that the training thread waited, by cause.
 
-    Causes: "weights" (a block's weights were not there yet), "gradients" (taking them off the device), "nvme_read" and
-    "nvme_write" (the update waited for the drive), "adam" (the update computed). The rest of a step is forward,
-    backward and the user's own code.
+    Causes: "weights" (a block's weights were not there yet: their read, or the update that they wait for), "gradients"
+    (taking them off the device), "update" (step() itself; with update="step" all of the update). The rest of a step is
+    forward, backward and the user's own code.
     """
 
     def __init__(self) -> None:
@@ -84,12 +85,12 @@ class StepClock:
         if self._started is None:
             self._started = time.perf_counter()
 
-    def end(self, traffic: dict[str, int], nonfinite_gradients: int) -> None:
-        """A step is over; `traffic` is what it moved, and so many parameters' gradients held an inf or a nan."""
+    def end(self, traffic: dict[str, int], record: dict[str, Any]) -> None:
+        """A step is over; `traffic` is what was moved since the last one ended. `record` is kept: what else is said of the
+        step may be put into it later."""
         if self._started is not None:
-            seconds = time.perf_counter() - self._started
-            entry = {"seconds": seconds, "stalls": self._stalls, "traffic": traffic}
-            self.steps.append(entry | {"nonfinite_gradients": nonfinite_gradients})
+            record |= {"seconds": time.perf_counter() - self._started, "stalls": self._stalls, "traffic": traffic}
+            self.steps.append(record)
         self.count += 1
         self._stalls, self._started = {}, None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from fuyou.runtime.schedule import Schedule
 from fuyou.runtime.state import StateAttribute, StateView
 from fuyou.swap.adam import AdamHyper
 from fuyou.swap.gradients import Gradient, Gradients
-from fuyou.swap.optimizer_state import MemberUpdate, StateAccess
+from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member
+from fuyou.swap.update import MemberUpdate
 
 _REFUSED_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -51,7 +52,8 @@ class Optimizer(torch.optim.Optimizer):
         self._model = model
         self._passed = passed
         self._members = members
-        self._by_hand: list[Gradient] = []  # of gradients that were set as plain tensors, for the length of a step
+        self._group_of: dict[int, dict[str, Any]] = {}  # by id of a parameter, until the next step
+        self._by_hand: list[Gradient] = []  # of gradients that were set as plain tensors, until the next step
         self._schedule = schedule
         self._gradients = gradients
         self._access = access
@@ -72,20 +74,36 @@ class Optimizer(torch.optim.Optimizer):
             return loss  # as the fused kernel: neither weights nor step counts move
         self._schedule.before_step()
         self._unscale(getattr(self, "grad_scale", None))
-        updates: dict[Member, MemberUpdate] = {}
+        self._group_of.clear()
         self._by_hand.clear()
+        found: dict[Member, tuple[AdamHyper, list[float | torch.Tensor]]] = {}
         for group in self.param_groups:
-            hyper = _hyper(group, decoupled=isinstance(self._passed, torch.optim.AdamW))
+            hyper = self._hyper(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     member = self._member(parameter)
-                    updates[member] = MemberUpdate(hyper, member.step + 1, self._scales(member))
-        if not updates:
+                    found[member] = hyper, self._scales(member)
+        if not found:
             self._refuse_strangers()
+        values = _numbers([scale for _, scales in found.values() for scale in scales])
+        updates = {
+            # A gradient times 1 is itself: clipping that does not bite changes nothing that was guessed.
+            member: MemberUpdate(hyper, member.step + 1, tuple(value for value in map(values, scales) if value != 1.0))
+            for member, (hyper, scales) in found.items()
+        }
         with torch.profiler.record_function("fuyou::step"):
             self._schedule.step(updates)
-        self._by_hand.clear()
         return loss
+
+    def planned(self, member: Member) -> MemberUpdate | None:
+        """What step() would do to a parameter, as its group stands now, with an unscaled gradient."""
+        if not self._group_of:
+            self._group_of = {id(each): group for group in self.param_groups for each in group["params"]}
+        group = self._group_of.get(id(member.parameter))
+        return None if group is None else MemberUpdate(self._hyper(group), member.step + 1, ())
+
+    def _hyper(self, group: Mapping[str, Any]) -> AdamHyper:
+        return _hyper(group, decoupled=isinstance(self._passed, torch.optim.AdamW))
 
     def _unscale(self, scale: torch.Tensor | None) -> None:
         """The fused kernel divides gradients by the scale, in place. By a power of two that is a multiplication."""
@@ -177,18 +195,29 @@ class Optimizer(torch.optim.Optimizer):
                     "which does not know it. Build the whole model (adapters too) and its optimizer first, then wrap."
                 )
 
-    def _scales(self, member: Member) -> tuple[float, ...]:
+    def _scales(self, member: Member) -> list[float | torch.Tensor]:
         """Bring the gradient's bytes at home up to date; what is left to apply to them."""
         grad = member.parameter.grad
         if isinstance(grad, GradientHandle):
             gradient = grad.gradient
             self._gradients.flush(gradient)
-            return tuple(float(scale) for scale in gradient.scales)
+            return list(gradient.scales)
         if grad is None or grad.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients.")
         self._by_hand.append(Gradient(member))  # held until its bytes are used
         self._gradients.adopt(self._by_hand[-1], grad)
-        return ()
+        return []
+
+
+def _numbers(scales: Sequence[float | torch.Tensor]) -> Callable[[float | torch.Tensor], float]:
+    """Scales as numbers. Those on a device come over in one copy: each by itself would wait for the device once more."""
+    tensors = {id(each): each for each in scales if isinstance(each, torch.Tensor)}
+    on_device = {key: each for key, each in tensors.items() if each.device.type != "cpu"}
+    values = {key: float(each) for key, each in tensors.items() if key not in on_device}
+    if on_device:
+        together = torch.stack([each.double() for each in on_device.values()]).tolist()
+        values.update(zip(on_device, together, strict=True))
+    return lambda scale: values[id(scale)] if isinstance(scale, torch.Tensor) else float(scale)
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -15,13 +15,13 @@ from fuyou.core.config import Config
 from fuyou.core.errors import ConfigError
 from fuyou.core.sizes import parse_bytes
 from fuyou.plan.planner import Plan, UnitNumbers, make_plan
-from fuyou.runtime.build import STATE_SLOTS, make_units, name_optimizer_strangers, numbers_of, refuse_compiled_around
+from fuyou.runtime.build import make_units, name_optimizer_strangers, numbers_of, refuse_compiled_around
 from fuyou.runtime.measure import free_host_bytes
 from fuyou.runtime.optimizer import check_optimizer
 from fuyou.runtime.tiers import nvme_limit_bytes
 from fuyou.swap.unit import Unit
 from fuyou.tiers.device import resolve_device
-from fuyou.tiers.folders import Rooms, check_folders, rooms_of
+from fuyou.tiers.folders import Rooms, check_folders, refuse_without_room, rooms_of
 
 FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 
@@ -64,12 +64,16 @@ def plan_run(
     packed = make_units(model, optimizer, blocks, config.precision, target)
     numbers = [numbers_of(unit, named) for unit, named in packed]
     buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+    durable = config.durability == "step"
+    if durable and not folders:
+        raise ConfigError("durability='step' commits steps to a drive: give an nvme folder, or leave durability out.")
+    rooms = rooms_of(folders, reuse=True)
+    limit = nvme_limit_bytes(rooms, nvme_limit)
     plan = make_plan(
         numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
-        state_slots=STATE_SLOTS, with_nvme=bool(folders),
+        with_nvme=bool(folders), nvme_limit_bytes=limit, durable=durable, update=config.update,
     )  # fmt: skip
-    rooms = rooms_of(folders, reuse=True)
-    limit = nvme_limit_bytes(rooms, nvme_limit, plan)
+    refuse_without_room(plan.nvme_bytes, limit, rooms)
     return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
 
 

@@ -1,12 +1,16 @@
 """The schedule of a step: what is fetched, released, taken off the device and updated, and when.
 
-    forward:   for each block in turn: get its weights · start fetching the next block's · compute · release
-    backward:  for each block in turn, last first: get its weights · start fetching the one before · recompute and
-               differentiate · each gradient leaves the device as soon as it is summed · release
-    step:      for each chunk of the model: read i+1 · update i · write i−1
+    forward:   for each block in turn: get its weights · start fetching the next blocks' · compute · release
+    backward:  for each block in turn, last first: get its weights · start fetching those before · recompute and
+               differentiate · each gradient leaves the device as soon as it is summed, and where it is complete its chunk's
+               update goes into the queue as a guess · release
+    step:      guesses that were right are accepted, the other updates go into the queue; the next forward's first blocks
+               are fetched, each chunk behind its own update
 
-Order is learnt from what happens and used only as a hint for fetching ahead: a block that is called twice, never, or
-out of turn is right, only slower.
+    the queue, beside all of this: for each chunk, soonest needed first: read i+2 · update i · write i−1
+
+Order is learnt from what happens and used only as a hint for fetching and updating ahead: a block that is called twice,
+never, or out of turn is right, only slower.
 """
 
 from __future__ import annotations
@@ -21,16 +25,22 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fuyou.core.errors import StateError
+from fuyou.plan.planner import SLOT_BLOCKS
 from fuyou.runtime.away import Away
+from fuyou.runtime.foresight import Foresight
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
 from fuyou.runtime.state_handle import StateHandle
 from fuyou.swap.activations import Autocast, Frame, HookStack, TensorBook
 from fuyou.swap.gradients import Gradients
-from fuyou.swap.optimizer_state import MemberUpdate, StateAccess, UpdateStream
-from fuyou.swap.unit import Member, Unit
+from fuyou.swap.optimizer_state import StateAccess
+from fuyou.swap.unit import Chunk, Member, Unit
+from fuyou.swap.update import MemberUpdate
+from fuyou.swap.updates import Updates
 from fuyou.swap.weights import Swapper
 from fuyou.tiers.device import Device
+
+FETCH_BLOCKS = SLOT_BLOCKS - 1  # ahead of the one that computes, as far as the device has room
 
 
 class BlockCalls:
@@ -58,7 +68,7 @@ class Schedule:
         units: list[Unit],
         swapper: Swapper,
         gradients: Gradients,
-        updates: UpdateStream,
+        updates: Updates,
         away: Away,
         book: TensorBook,
         hooks: HookStack,
@@ -66,6 +76,7 @@ class Schedule:
         gauge: TemporariesGauge,
         device: Device,
         recompute: bool,
+        update: str,
         traffic: Callable[[], dict[str, int]],
     ) -> None:
         self.blocks = blocks
@@ -80,10 +91,15 @@ class Schedule:
         self._gauge = gauge
         self._device = device
         self._recompute = recompute
+        self._at_step = update == "step"
+        self._guess = update in ("auto", "speculative")
+        self.planned: Callable[[Member], MemberUpdate | None] = lambda member: None
+        self._foresight = Foresight(lambda member: self.planned(member), patient=update == "auto")
         self._traffic = traffic
         self._moved = traffic()
+        self._placed: set[Unit] = set()  # in this forward
+        self._dropped = 0  # guesses, until the last step
         self.enlist: Callable[[Member], None] = lambda member: None
-        self.torn = ""  # why nothing may be trained on or saved any more
         self._lock = threading.RLock()
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
         self._last: dict[str, int | None] = {}  # phase → the block before this one
@@ -98,6 +114,7 @@ class Schedule:
     def model_forward(self, model: BlockCalls, args: tuple, kwargs: dict) -> Any:
         """The model's own forward: its loose parameters are there for all of it."""
         self._last["forward"] = None
+        self._placed.clear()
         if torch._C._current_graph_task_id() == -1:
             self.end_backward()  # an earlier backward may have ended in an exception
         self._away.settle()
@@ -217,6 +234,7 @@ class Schedule:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients (Embedding(sparse=False)).")
         self._gauge.sample(new.numel() * new.itemsize)
         with self._clock.stall("gradients"), torch.profiler.record_function(f"fuyou::gradient {member.name}"):
+            self._foresight.summed(member)
             gradient = self._gradients.take(member, new, old.gradient if old is not None else None)
         if old is None or old.gradient is not gradient:
             old = GradientHandle(gradient, self._gradients)
@@ -250,29 +268,52 @@ class Schedule:
 
     # Step ------------------------------------------------------------------------------------------------------------
 
+    def complete(self, chunk: Chunk) -> None:
+        """All that a backward brings for a chunk's gradient is home, or on its way: its update may be guessed."""
+        if self._guess:
+            wanted = self._foresight.of(chunk)
+            if wanted is not None:
+                self._updates.guess(chunk, wanted)
+
     def step(self, updates: dict[Member, MemberUpdate]) -> None:
         """Update the members given, chunk by chunk in the order in which the next forward needs them."""
-        self._gradients.before_update()
-        changed = [unit for unit in self._units if any(member in updates for member in unit.members)]
-        for unit in changed:
-            self._swapper.invalidate(unit)
-            unit.writes += 1
-        try:
-            self._updates.run((chunk for unit in changed for chunk in unit.chunks), updates)
-        except BaseException as error:
-            self.torn = (
-                f"Step {self._clock.count + 1} ended half-way ({type(error).__name__}: {error}): the weights are partly those "
-                "of before and partly those of after it. Start again from the last run.save_pretrained."
-            )
-            raise
+        wanted: dict[Chunk, dict[Member, MemberUpdate]] = {}
+        for unit in sorted(self._units, key=lambda unit: unit.place):
+            if any(member in updates for member in unit.members):
+                self._swapper.invalidate(unit)
+                unit.writes += 1
+                for chunk in unit.chunks:
+                    its = {member: updates[member] for member, _, _ in chunk.parts if member in updates}
+                    if its:
+                        wanted[chunk] = its
+        record: dict[str, Any] = {}
+        with self._clock.stall("update"):
+            self._updates.request(wanted, record)
+            if self._at_step:
+                self._updates.settle()
+        dropped = self._updates.counts["dropped"]
+        self._foresight.end_step(dropped > self._dropped)
+        self._dropped = dropped
         for member, update in updates.items():
             member.step = update.step
         self._gradients.end_step()
         now = self._traffic()
-        self._clock.end({name: now[name] - self._moved[name] for name in now}, len(self._updates.nonfinite))
+        self._clock.end({name: now[name] - self._moved[name] for name in now}, record)
         self._moved = now
         self._gauge.end_step()
         self._last.clear()
+        self._fetch_ahead("forward", None)
+
+    @property
+    def torn(self) -> str:
+        """Why nothing may be trained on or saved any more."""
+        error = self._updates.failure
+        if error is None:
+            return ""
+        return (
+            f"Step {self._updates.step} ended half-way ({type(error).__name__}: {error}): the weights are partly those "
+            "of before and partly those of after it. Start again from the last run.save_pretrained."
+        )
 
     def before_step(self) -> None:
         """What the user changed through loans is part of what the step starts from."""
@@ -321,6 +362,15 @@ class Schedule:
             return
         self._after[phase, self._last.get(phase)] = block.index
         self._last[phase] = block.index
-        following = self._after.get((phase, block.index))
-        for unit in self.blocks[following].units if following is not None else ():
-            self._swapper.fetch(unit)
+        if phase == "forward" and torch.is_grad_enabled():
+            for unit in block.units:
+                if unit not in self._placed:
+                    self._placed.add(unit)
+                    unit.place = len(self._placed)
+        self._fetch_ahead(phase, block.index)
+
+    def _fetch_ahead(self, phase: str, index: int | None) -> None:
+        for _ in range(FETCH_BLOCKS):
+            index = self._after.get((phase, index))
+            if index is None or not all(self._swapper.fetch(unit) for unit in self.blocks[index].units):
+                return

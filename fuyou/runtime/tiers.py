@@ -15,17 +15,17 @@ from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
 from fuyou.runtime.measure import trim_heap
 from fuyou.swap.adam import load_kernels, native_problem
+from fuyou.swap.buffers import Buffers
 from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
-from fuyou.tiers.folders import Rooms, memory_folders, refuse_without_room, rooms_of
+from fuyou.tiers.folders import Rooms, memory_folders, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
 from fuyou.tiers.io import Engine, open_for_drive
 from fuyou.tiers.store import Extent, Store
-from fuyou.tiers.worker import Worker
 
 
 class Tiers:
-    """Ledger, store with an I/O engine a drive, host arena, inbound worker, device link and Adam kernels of one run.
+    """Ledger, store with an I/O engine a drive, host arenas, device link and Adam kernels of one run.
 
     `notes` says in words where something runs in its second-best way. `open_store` comes after the extents are placed.
     """
@@ -43,7 +43,9 @@ class Tiers:
         self.notes: list[str] = []
         self._ram_bytes = ram_bytes
         self._pin = device.type == "cuda"
-        self._deadline_s = config.deadline_s
+        self.deadline_s = config.deadline_s
+        self.durable = plan.through
+        self.state_slots = plan.state_slots
         self.ledger = Ledger(
             {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
         )
@@ -60,17 +62,16 @@ class Tiers:
                 self._note(text)
                 warnings.warn(text, stacklevel=4)  # at the call of wrap
             self._committed_bytes = 0
-            self.arena = self._open_arena(plan.arena_bytes)
+            # Two, so that what stays never stands in the way of a piece of staging in one piece.
+            self.arena = self._open_arena(plan.staging_bytes)
+            self.resident = self._open_arena(plan.resident_bytes)
             if folders:
-                self.store = Store(folders, self.ledger)
+                self.store = Store(folders, self.ledger, durable=self.durable)
                 self._closers.append(self.store.close)
                 self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
             self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s)
             self._closers.append(self.link.close)
-            in_flight = None if self.store is None else self.store.in_flight
-            self.inbound = Worker("fuyou-weights-in", deadline_s=config.deadline_s, in_flight=in_flight)
-            self._closers.append(self.inbound.close)
             undo.pop_all()
 
     @property
@@ -90,6 +91,8 @@ class Tiers:
 
         store.start(open_drive)
         refused = store.register(self.arena.address, self.arena.nbytes)
+        if self.durable:
+            refused += store.register(self.resident.address, self.resident.nbytes)
         if refused and refused[0].engine is not None and refused[0].engine.name == "io_uring":
             self._note(
                 f"buffers are not registered with {', '.join(drive.folder for drive in refused)}: "
@@ -108,10 +111,10 @@ class Tiers:
         """
         size = align_up(nbytes, PAGE_BYTES)
         room = self._ram_bytes - self._committed_bytes
-        if size <= room:
+        if size <= room and not (self.durable and category != "gradients"):  # what is committed is on the drives
             return self._open_arena(size).lease(nbytes, category, what)
         if self.store is not None:
-            return self.store.add(nbytes, category, slots)
+            return self.store.add(nbytes, category, slots, committed=category != "gradients")
         raise BudgetError(
             f"The host budget ram={format_bytes(self._ram_bytes)} is {format_bytes(size - room)} ({size - room} bytes) "
             f"short: the {category} of {what} need {format_bytes(size)}, and there is no nvme folder. No update had begun: "
@@ -120,12 +123,20 @@ class Tiers:
         )  # fmt: skip
 
     def _open_arena(self, nbytes: int) -> Arena:
-        arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self._deadline_s)
+        arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self.deadline_s)
         self._arenas.append(arena)
         self._note(arena.note)
         arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
         self._committed_bytes += arena.nbytes
         return arena
+
+    def buffers(self, nbytes: int, count: int) -> Buffers:
+        """Staging of one thread's own."""
+        return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s)
+
+    def in_flight(self) -> list[str]:
+        """One line for each operation of the drives that has not ended."""
+        return self.store.in_flight() if self.store is not None else []
 
     def traffic(self) -> dict[str, int]:
         """Bytes moved since the run began."""
@@ -184,10 +195,9 @@ def _folder_notes(folders: list[str]) -> list[str]:
     return in_memory + shared
 
 
-def nvme_limit_bytes(rooms: Rooms, nvme_limit: int | str | None, plan: Plan) -> int:
-    """The NVMe budget: what was given, no more than what is free less 5 %. BudgetError where the plan needs more."""
+def nvme_limit_bytes(rooms: Rooms, nvme_limit: int | str | None) -> int:
+    """The NVMe budget: what was given, no more than what is free less 5 %."""
     limit = rooms.total_bytes
     if rooms.folders and nvme_limit is not None:
         limit = min(parse_bytes(nvme_limit, "nvme_limit"), limit)
-    refuse_without_room(plan.nvme_bytes, limit, rooms)
     return limit

@@ -7,12 +7,13 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
 from fuyou.core.ledger import Ledger
-from fuyou.core.ticket import DONE, Ticket
-from fuyou.swap.ranges import Range, Staging, WriteBehind
+from fuyou.core.ticket import DONE, AllOf, Ticket, wait_for
+from fuyou.swap.ranges import Staging, WriteBehind
 from fuyou.swap.unit import Chunk, Member, chunks_of, overlap
 from fuyou.tiers.device import Device
 from fuyou.tiers.worker import Worker
@@ -42,6 +43,15 @@ class Gradient:
         self.queued = False  # among those that may be sent home
 
 
+class Queue(Protocol):
+    """What the queue of updates wants to know of gradients."""
+
+    def drop(self, chunk: Chunk) -> None:
+        """The chunk's bytes are about to change."""
+
+    def let_go(self) -> bool: ...
+
+
 class _Open:
     """An NVMe chunk whose gradient is being put together in a staging lease."""
 
@@ -60,19 +70,30 @@ class Gradients:
     A chunk on the host is written in place. A chunk on NVMe is put together in staging and written once when the last
     of its parameters has come, so a small tensor costs no read-modify-write; where staging runs out, the oldest open
     chunk is written as it is and read again when it goes on. Accumulation adds in the gradient's dtype, old + new.
-    Called by one thread at a time: the autograd thread during backward, the training thread otherwise.
+    Copies off the device end later, in their order; whoever reads the bytes waits for them. Called by one thread at a
+    time: the autograd thread during backward, the training thread otherwise.
+
+    `complete(chunk)` is told when all gradients that a backward brings for a chunk are home, or on their way.
     """
 
-    def __init__(self, device: Device, ledger: Ledger, writes: WriteBehind, drop_idle: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        ledger: Ledger,
+        writes: WriteBehind,
+        drop_idle: Callable[[], bool],
+        complete: Callable[[Chunk], None],
+    ) -> None:
         self._device = device
+        self._complete = complete
         self._drop_idle = drop_idle  # weights that nobody uses make room for a gradient
         self._ledger = ledger
         self._writes = writes
         self._open: OrderedDict[Chunk, _Open] = OrderedDict()
         # Whose bytes are at home. Weak: handles hold their gradient, and cleared ones have no bytes worth reading.
         self._present: weakref.WeakValueDictionary[Member, Gradient] = weakref.WeakValueDictionary()
-        self._closing: dict[Chunk, Ticket] = {}  # CUDA: writes that wait for copies off the device
-        self._copies: list[Ticket] = []  # CUDA: copies straight into host homes
+        self._closing: dict[Chunk, tuple[Ticket, Staging, list[Ticket]]] = {}  # writes that wait for copies, and these
+        self._copies: dict[Chunk, list[Ticket]] = {}  # copies straight into host homes, or from them
         self._changed: deque[weakref.ref[Gradient]] = deque()  # those with `live` that is not lent, oldest first
         self._leaving: deque[tuple[Ticket, int]] = deque()  # copies off the device, and the bytes charged for each
         self._outbound: Worker | None = None
@@ -80,6 +101,10 @@ class Gradients:
         self._norms_asked = False
         self._lock = threading.RLock()
         writes.reclaim = self._close_oldest
+
+    def start(self, queue: Queue) -> None:
+        self._queue = queue
+        self._writes.let_go = queue.let_go
 
     def take(self, member: Member, new: torch.Tensor, old: Gradient | None) -> Gradient:
         """`new` (the parameter's shape and dtype, device), added to `old` where there is one, becomes the gradient.
@@ -113,14 +138,24 @@ class Gradients:
         """Norms are computed on the way out only while somebody asks for them."""
         self._norms_wanted, self._norms_asked = self._norms_asked, False
 
-    def before_update(self) -> None:
-        """Every byte is at home, or in a write that the engine orders before its read."""
+    def handover(self, chunk: Chunk) -> tuple[Staging | None, Ticket]:
+        """For an update: the staging that the chunk's gradient is still in, with a hold on it, and the ticket of its bytes.
+
+        None: it is at home. The ticket is then that of its copies there; of a home on the drives that of starting the
+        write, behind which the engine puts a read.
+        """
         with self._lock:
-            self.end_backward()
-            _wait_all(self._copies)
-            for ticket in self._closing.values():
-                ticket.wait()
-            self._closing.clear()
+            if chunk.gradients.on_host:
+                copies = self._copies.get(chunk, [])
+                return None, AllOf(copies)
+            closing = self._closing.get(chunk)
+            if closing is None:
+                return None, DONE
+            stored, staging, copies = closing
+            if staging.hold():
+                return staging, AllOf(copies)
+            del self._closing[chunk]
+            return None, stored
 
     def norm_of(self, gradient: Gradient) -> torch.Tensor | None:
         """vector_norm of the whole, when it is known: the bits that plain PyTorch computes."""
@@ -180,7 +215,7 @@ class Gradients:
                 return
             if not gradient.current and gradient.member in self._present:
                 self.save(self._present[gradient.member])
-            self._write(gradient.member, gradient.live)
+            self._device.join(self._write(gradient.member, gradient.live))  # the user may change it once more
             gradient.current = True
             self._present[gradient.member] = gradient
             self._drop_live(gradient)
@@ -190,7 +225,7 @@ class Gradients:
         with self._lock:
             if (present := self._present.get(gradient.member)) is not None:
                 self.save(present)
-            self._write(gradient.member, value.detach().contiguous())
+            self._device.join(self._write(gradient.member, value.detach().contiguous()))
             self._present[gradient.member] = gradient
 
     def save(self, gradient: Gradient) -> None:
@@ -207,6 +242,8 @@ class Gradients:
         for opened in self._open.values():
             opened.staging.release()
         self._open.clear()
+        self._closing.clear()
+        self._copies.clear()
         self._present.clear()
         if self._outbound is not None:
             self._outbound.close()
@@ -258,14 +295,15 @@ class Gradients:
         which brought the bytes here; it stands among them, so the bytes are not given back or written home under it.
         """
         first, last, at = overlap(member, chunk)
-        gradient = _range_of(chunk)
+        gradient = chunk.gradients
         if gradient.on_host:
-            data, copies = gradient.home.data, self._copies  # type: ignore[union-attr]
+            data, copies = gradient.home.data, self._copies.setdefault(chunk, [])  # type: ignore[union-attr]
         else:
             opened = self._opened(chunk)
             data, copies = opened.staging.views[0], opened.copies
         part = data.view(member.unit.dtype)[at : at + last - first]
         if not self._device.is_cuda:
+            _wait_all(copies)
             return part
         value = torch.empty_like(part, device=member.unit.device)
         copied = self._device.copy_in(value, part, self._device.mark(), after=copies)
@@ -295,17 +333,21 @@ class Gradients:
         for chunk in chunks_of(member):
             first, last, at = overlap(member, chunk)
             source = flat[first - member.entry.start : last - member.entry.start]
-            gradient = _range_of(chunk)
+            gradient = chunk.gradients
+            self._queue.drop(chunk)  # an update that reads these bytes is done, or will not be
             if gradient.on_host:
                 target = gradient.home.data.view(member.unit.dtype)  # type: ignore[union-attr]
-                copied = self._device.copy_out(target[at : at + last - first], source)
-                self._copies = [each for each in (*self._copies, copied) if not each.done()]
+                ticket = self._device.copy_out(target[at : at + last - first], source)
+                copied = copied if ticket is DONE else ticket
+                self._copies[chunk] = [each for each in (*self._copies.get(chunk, ()), ticket) if not each.done()]
                 gradient.written = True
+                self._complete(chunk)
                 continue
             opened = self._opened(chunk)
             target = opened.staging.views[0].view(member.unit.dtype)
-            copied = self._device.copy_out(target[at : at + last - first], source)
-            opened.copies.append(copied)
+            ticket = self._device.copy_out(target[at : at + last - first], source)
+            copied = copied if ticket is DONE else ticket
+            opened.copies.append(ticket)
             opened.changed = True
             opened.expected.discard(member)
             if not opened.expected:
@@ -318,8 +360,8 @@ class Gradients:
         if opened is not None:
             return opened
         if (closing := self._closing.pop(chunk, None)) is not None:
-            closing.wait()
-        gradient = _range_of(chunk)
+            closing[0].wait()  # started, so that the engine puts a read behind it
+        gradient = chunk.gradients
         what = f"gradients of {chunk.unit.name}"
         staging = self._writes.stage([gradient], what)
         if staging is None:
@@ -349,20 +391,19 @@ class Gradients:
             _wait_all(opened.copies)
             opened.staging.release()
             return
-        if not self._device.is_cuda:  # its copies were complete on return
-            self._writes.put(opened.staging.store(), opened.staging)
-            return
         if self._outbound is None:
             self._outbound = Worker("fuyou-gradients-out", deadline_s=self._device.deadline_s)
+        started: list[Ticket] = []
 
         def run() -> None:
             for ticket in opened.copies:
                 ticket.wait()
-            opened.staging.store().wait()
+            started.append(opened.staging.store())
 
-        written = self._outbound.submit(run, f"gradients of {chunk.unit.name}")
-        self._closing[chunk] = written
-        self._writes.put(written, opened.staging)
+        stored = self._outbound.submit(run, f"gradients of {chunk.unit.name}")
+        self._closing[chunk] = (stored, opened.staging, opened.copies)
+        self._writes.put(_Stored(stored, started), opened.staging)
+        self._complete(chunk)
 
     def _send_oldest_home(self) -> bool:
         """False where no changed value can go."""
@@ -386,10 +427,21 @@ class Gradients:
             gradient.lent = False
 
 
-def _range_of(chunk: Chunk) -> Range:
-    if chunk.gradient is None:
-        raise ValueError(f"Unit {chunk.unit.name} is frozen and has no gradient.")
-    return chunk.gradient
+class _Stored:
+    """A write that a job starts: done when the job and the write are."""
+
+    __slots__ = ("_job", "_started")
+
+    def __init__(self, job: Ticket, started: list[Ticket]) -> None:
+        self._job = job
+        self._started = started
+
+    def done(self) -> bool:
+        return self._job.done() and all(ticket.done() for ticket in self._started)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self._job.wait(timeout_s)
+        wait_for(self._started, timeout_s)
 
 
 def _wait_all(tickets: list[Ticket]) -> None:

@@ -1,106 +1,65 @@
-"""The optimizer state's resident: the update as a stream of chunks, and reading and writing single parameters' state."""
+"""The optimizer state's resident: the update of a chunk, and reading and writing single parameters' state."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from fuyou.core.ticket import Ticket
-from fuyou.swap.adam import AdamHyper, AdamKernels, torch_tail_width
-from fuyou.swap.ranges import Range, Staging, WriteBehind
+from fuyou.swap.adam import AdamKernels, torch_tail_width
+from fuyou.swap.ranges import Staging, WriteBehind
 from fuyou.swap.unit import Chunk, Member, Unit, chunks_of, overlap
-
-READ_AHEAD = 2  # chunks being read or waiting while one is updated; the one before is being written
-
-
-@dataclass(frozen=True)
-class MemberUpdate:
-    """What one step does to one parameter: torch's step count after it, and the gradient's scales in order."""
-
-    hyper: AdamHyper
-    step: int
-    scales: tuple[float, ...]
+from fuyou.swap.update import Claims, MemberUpdate
 
 
-class UpdateStream:
-    """Runs the update chunk by chunk: reads i+1, updates i, writes i−1 at once; host memory is that of the chunks.
+def apply_update(
+    kernels: AdamKernels,
+    chunk: Chunk,
+    weights: torch.Tensor,
+    state: torch.Tensor,
+    gradient: torch.Tensor,
+    wanted: Mapping[Member, MemberUpdate],
+    nonfinite: set[str],
+) -> None:
+    """One step of a chunk's parameters, in place in `weights` and `state` (their bytes, uint8, as the gradient's).
 
-    `run` may be called from any thread, with any order of chunks; `stall` is entered around each wait with its cause.
-    `nonfinite` holds the names of the parameters whose gradient, after its scales, had an inf or a nan in the last run:
-    they were updated all the same, as torch does it.
+    `nonfinite` gets the names of the parameters whose gradient, after its scales, had an inf or a nan: they are updated
+    all the same, as torch does it.
     """
-
-    def __init__(
-        self, kernels: AdamKernels, writes: WriteBehind, stall: Callable[[str], AbstractContextManager]
-    ) -> None:
-        self._kernels = kernels
-        self._writes = writes
-        self._stall = stall
-        self.nonfinite: set[str] = set()
-
-    def run(self, chunks: Iterable[Chunk], updates: dict[Member, MemberUpdate]) -> None:
-        """Apply `updates` to every chunk that holds one of their parameters; the others are not touched."""
-        self.nonfinite = set()
-        loading: deque[tuple[Chunk, Staging, Ticket]] = deque()
-        todo = iter([chunk for chunk in chunks if any(member in updates for member, _, _ in chunk.parts)])
-        upcoming = next(todo, None)
-        try:
-            while upcoming is not None or loading:
-                while upcoming is not None and len(loading) < READ_AHEAD:
-                    with self._stall("nvme_write"):  # room comes from the oldest write
-                        staging = self._writes.stage(
-                            _ranges(upcoming), f"the update of {upcoming.unit.name}", wait=not loading
-                        )
-                    if staging is None:
-                        break
-                    loading.append((upcoming, staging, _load(staging)))
-                    upcoming = next(todo, None)
-                chunk, staging, loaded = loading[0]
-                with self._stall("nvme_read"):
-                    loaded.wait()
-                with self._stall("adam"), torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
-                    self._apply(chunk, staging, updates)
-                self._writes.put(staging.store(0, 1), staging)
-                loading.popleft()  # last: whatever interrupts, a staging is here or with the writes
-        finally:
-            for _, staging, _ in loading:  # only after an error
-                staging.release()
-
-    def _apply(self, chunk: Chunk, staging: Staging, updates: dict[Member, MemberUpdate]) -> None:
-        unit = chunk.unit
-        weights = staging.views[0].view(unit.dtype)
-        low, exp_avg, exp_avg_sq = unit.state_views(staging.views[1], chunk.count)
-        gradient = staging.views[2].view(unit.dtype)
-        for member, first, last in chunk.parts:
-            update = updates.get(member)
-            if update is None:
-                continue
-            at = slice(first - chunk.start, last - chunk.start)
-            tail = member.entry.count % torch_tail_width() if last == member.entry.stop else 0
-            if low is None:
-                nonfinite = self._kernels.step_fp32(
-                    weights[at], exp_avg[at], exp_avg_sq[at], gradient[at],
-                    tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
-                )  # fmt: skip
-            else:
-                nonfinite = self._kernels.step_split(
-                    weights[at], low[at], exp_avg[at], exp_avg_sq[at], gradient[at],
-                    tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
-                )  # fmt: skip
-            if nonfinite:
-                self.nonfinite.add(member.name)
+    dtype = chunk.unit.dtype
+    weights, gradient = weights.view(dtype), gradient.view(dtype)
+    low, exp_avg, exp_avg_sq = chunk.unit.state_views(state, chunk.count)
+    for member, first, last in chunk.parts:
+        update = wanted.get(member)
+        if update is None:
+            continue
+        at = slice(first - chunk.start, last - chunk.start)
+        tail = member.entry.count % torch_tail_width() if last == member.entry.stop else 0
+        if low is None:
+            found = kernels.step_fp32(
+                weights[at], exp_avg[at], exp_avg_sq[at], gradient[at],
+                tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
+            )  # fmt: skip
+        else:
+            found = kernels.step_split(
+                weights[at], low[at], exp_avg[at], exp_avg_sq[at], gradient[at],
+                tail=tail, scales=update.scales, hyper=update.hyper, step=update.step,
+            )  # fmt: skip
+        if found:
+            nonfinite.add(member.name)
 
 
 class StateAccess:
-    """A parameter's master weights and moments, read and written whole or by parts; used between steps."""
+    """A parameter's master weights and moments, read and written whole or by parts.
 
-    def __init__(self, kernels: AdamKernels, writes: WriteBehind) -> None:
+    What is read is what it is after every step that was asked for; what is written counts for those that follow.
+    """
+
+    def __init__(self, kernels: AdamKernels, writes: WriteBehind, claims: Claims) -> None:
         self._kernels = kernels
         self._writes = writes
+        self._claims = claims
 
     def read(self, member: Member, kind: str) -> torch.Tensor:
         """`kind` "exp_avg" | "exp_avg_sq" | "master": a new fp32 host tensor of the parameter's shape.
@@ -115,6 +74,7 @@ class StateAccess:
     def read_parts(self, member: Member, kind: str) -> Iterator[torch.Tensor]:
         """The same, a chunk's part at a time; each is valid until the next is asked for."""
         for chunk in chunks_of(member):
+            self._claims.settle(chunk)
             with _Loaded(self._writes, chunk) as (weights, low, exp_avg, exp_avg_sq):
                 first, last, at = overlap(member, chunk)
                 part = slice(at, at + last - first)
@@ -135,6 +95,7 @@ class StateAccess:
         Where it differs from what was there the master is `copy` itself; elsewhere the master keeps its low bits.
         """
         for chunk in chunks_of(member):
+            self._claims.claim(chunk)
             loaded = _Loaded(self._writes, chunk)
             with loaded as (weights, low, _, exp_avg_sq):
                 first, last, at = overlap(member, chunk)
@@ -153,6 +114,7 @@ class StateAccess:
         """Replace any of exp_avg, exp_avg_sq, master by host or device tensors of the parameter's shape."""
         flat = {kind: value.detach().reshape(-1) for kind, value in values.items()}
         for chunk in chunks_of(member):
+            self._claims.claim(chunk)
             loaded = _Loaded(self._writes, chunk)
             with loaded as (weights, low, exp_avg, exp_avg_sq):
                 first, last, at = overlap(member, chunk)
@@ -220,11 +182,11 @@ class _Loaded:
         self._written: Ticket | None = None
 
     def __enter__(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        staging = self._writes.stage(_state_ranges(self._chunk), f"the state of {self._chunk.unit.name}")
+        staging = self._writes.stage(self._chunk.rewritten, f"the state of {self._chunk.unit.name}")
         if staging is None:
             raise MemoryError("no staging")  # stage(wait=True) waits or raises
         self._staging = staging
-        loaded = _load(staging)
+        loaded = load_written(staging)
         try:
             loaded.wait()
         except BaseException:
@@ -246,20 +208,7 @@ class _Loaded:
             self._staging.release()
 
 
-def _ranges(chunk: Chunk) -> Sequence[Range]:
-    """weights, state, gradient of a chunk that is optimized."""
-    if chunk.gradient is None:
-        raise ValueError(f"Unit {chunk.unit.name} has no gradient.")
-    return (*_state_ranges(chunk), chunk.gradient)
-
-
-def _state_ranges(chunk: Chunk) -> Sequence[Range]:
-    if chunk.state is None:
-        raise ValueError(f"Unit {chunk.unit.name} has no optimizer state.")
-    return (chunk.weights, chunk.state)
-
-
-def _load(staging: Staging) -> Ticket:
+def load_written(staging: Staging) -> Ticket:
     """Start reading what was ever written; state that was not starts from zeros."""
     unwritten = [index for index, each in enumerate(staging.ranges) if not each.written]
     for index in unwritten:

@@ -5,6 +5,7 @@ Callers never ask where bytes live: a range on the host is used in place, one on
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -18,13 +19,19 @@ from fuyou.tiers.store import Extent
 
 
 class Range:
-    """`nbytes` in a host lease or an NVMe extent. `written` is False until somebody has put bytes there."""
+    """`nbytes` in a host lease or an NVMe extent. `written` is False until somebody has put bytes there.
 
-    __slots__ = ("home", "nbytes", "written")
+    `spare`: a second lease, so that an update can be made ahead of its step and taken back (an extent has a second slot
+    for that). `through`: an extent that gets a copy of what is written to the lease (durability "step").
+    """
+
+    __slots__ = ("home", "nbytes", "spare", "through", "written")
 
     def __init__(self, nbytes: int, home: Lease | Extent) -> None:
         self.nbytes = nbytes
         self.home = home
+        self.spare: Lease | None = None
+        self.through: Extent | None = None
         self.written = False
 
     @property
@@ -36,24 +43,58 @@ class Range:
         """Host memory needed to use it: none where it is at home there."""
         return 0 if self.on_host else align_up(self.nbytes, PAGE_BYTES)
 
-    def release(self) -> None:
+    @property
+    def can_guess(self) -> bool:
+        """New bytes can be written beside those of now, and be dropped again. What was never written has none of now."""
         if isinstance(self.home, Lease):
-            self.home.release()
+            return self.written and self.spare is not None
+        return self.written and self.home.can_write_ahead
+
+    def free_after(self) -> Ticket:
+        """What must be done before it may be written: a commit that names the place."""
+        extent = self.through if isinstance(self.home, Lease) else self.home
+        return DONE if extent is None else extent.free_after()
+
+    def accept(self) -> None:
+        """The bytes written ahead are those of now."""
+        if isinstance(self.home, Extent):
+            self.home.accept()
+        elif self.spare is not None:
+            self.home, self.spare = self.spare, self.home
+
+    def drop(self) -> None:
+        """The bytes written ahead are nothing."""
+        if isinstance(self.home, Extent):
+            self.home.drop()
+
+    def release(self) -> None:
+        for lease in (self.home, self.spare):
+            if isinstance(lease, Lease):
+                lease.release()
 
 
 class Staging:
     """Host views of several ranges: those on NVMe side by side in one lease, those on the host where they are.
 
-    `views[i]` is range i as a (nbytes,) uint8 host tensor. Load before reading them, store after changing them, and
-    release when the tickets of both are done, or when one has failed: the host memory then goes back when all have ended.
+    `views[i]` is range i as a (nbytes,) uint8 host tensor. Load before reading them, store after changing them. Whoever
+    made it holds it, `hold` makes one holder more, and `release` one less; when the last lets go, the host memory goes
+    back as soon as what was started on it has ended, well or not. `give_back` takes the lease and those operations.
     """
 
-    __slots__ = ("_lease", "_moves", "ranges", "views")
+    __slots__ = ("_give_back", "_holders", "_lease", "_lock", "_moves", "ranges", "views")
 
-    def __init__(self, ranges: Sequence[Range], lease: Lease | None) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[Range],
+        lease: Lease | None,
+        give_back: Callable[[Lease, list[Ticket]], None] | None = None,
+    ) -> None:
         self.ranges = tuple(ranges)
         self._lease = lease
+        self._give_back = give_back or Lease.release_after
         self._moves: list[Ticket] = []
+        self._holders = 1
+        self._lock = threading.Lock()  # a gradient's is held by the training thread and by the one of the updates
         self.views: list[torch.Tensor] = []
         offset = 0
         for each in self.ranges:
@@ -67,26 +108,48 @@ class Staging:
         """Start reading those ranges (all when none is named); ranges on the host are there already."""
         return AllOf([self._move(index, "read") for index in indices or range(len(self.ranges))])
 
-    def store(self, *indices: int) -> Ticket:
-        """Start writing those ranges (all when none is named) from their views."""
+    def store(self, *indices: int, ahead: bool = False) -> Ticket:
+        """Start writing those ranges (all when none is named) from their views.
+
+        ahead: beside the bytes of now, which stay until Range.accept; a range on the host is left as it is then.
+        """
         tickets = []
         for index in indices or range(len(self.ranges)):
-            tickets.append(self._move(index, "write"))
-            self.ranges[index].written = True
+            tickets.append(self._move(index, "write", ahead))
+            self.ranges[index].written = True  # ahead too: only what is written already can be written beside
         return AllOf(tickets)
 
-    def release(self) -> None:
-        if self._lease is not None:
-            self.views.clear()
-            lease, self._lease = self._lease, None
-            lease.release_after(self._moves)
+    def hold(self) -> bool:
+        """False: the last holder has let go already."""
+        with self._lock:
+            self._holders += self._holders > 0
+            return self._holders > 0
 
-    def _move(self, index: int, kind: str) -> Ticket:
-        home = self.ranges[index].home
+    @property
+    def shared(self) -> bool:
+        with self._lock:
+            return self._holders > 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders or self._lease is None:
+                return
+            lease, self._lease = self._lease, None
+            self.views.clear()
+        self._give_back(lease, self._moves)
+
+    def _move(self, index: int, kind: str, ahead: bool = False) -> Ticket:
+        home, address = self.ranges[index].home, self.views[index].data_ptr()
         if isinstance(home, Lease):
-            return DONE
-        start = home.read if kind == "read" else home.write
-        ticket = start(self.views[index].data_ptr(), self._lease)
+            through = self.ranges[index].through
+            if kind == "read" or ahead or through is None:
+                return DONE
+            ticket = through.write(address, home)
+        else:
+            ticket = (
+                home.read(address, self._lease) if kind == "read" else home.write(address, self._lease, ahead=ahead)
+            )
         self._moves.append(ticket)
         return ticket
 
@@ -100,16 +163,20 @@ class WriteBehind:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._pending: deque[tuple[Ticket, Staging]] = deque()
-        self.reclaim: Callable[[], bool] = lambda: False  # somebody's staging that can go home now is on its way there
+        # How others make room: by letting go of what they hold only to spare a read; then by sending home what can go.
+        self.let_go: Callable[[], bool] = lambda: False
+        self.reclaim: Callable[[], bool] = lambda: False
 
     def stage(self, ranges: Sequence[Range], what: str, *, wait: bool = True) -> Staging | None:
-        """A staging for `ranges`. Without room: waits for the oldest write, reclaims, or is None when there is neither and
-        `wait` is False."""
+        """A staging for `ranges`. Without room: others let go, the oldest write is waited for, or others send home what
+        they hold; None when there is none of this and `wait` is False."""
         nbytes = sum(each.staging_bytes for each in ranges)
         if nbytes == 0:
             return Staging(ranges, None)
         self.reap()
         while (lease := self._arena.try_lease(nbytes, "staging")) is None:
+            if self.let_go():
+                continue
             if self._pending:
                 self._retire_oldest()
             elif self.reclaim():

@@ -66,6 +66,24 @@ class Chunk:
     def stop(self) -> int:
         return self.start + self.count
 
+    @property
+    def rewritten(self) -> tuple[Range, Range]:
+        """What an update rewrites: weights and state."""
+        if self.state is None:
+            raise ValueError(f"Unit {self.unit.name} has no optimizer state.")
+        return self.weights, self.state
+
+    @property
+    def gradients(self) -> Range:
+        if self.gradient is None:
+            raise ValueError(f"Unit {self.unit.name} is frozen and has no gradient.")
+        return self.gradient
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts chunks by when the next forward needs them."""
+        return self.unit.place, self.start
+
 
 class Unit:
     """Parameters of one dtype with the same owners: one storage on the device for life, never replaced.
@@ -87,6 +105,7 @@ class Unit:
         self.chunks: list[Chunk] = []
         self.residency = Residency.ABSENT
         self.users = 0
+        self.place = 0  # in the order of the last forward
         self.writes = 0  # times that its weights have been changed, by updates and by the user
         self.pinned = not owners
         self.arrival: Ticket = DONE  # the job that reads and queues the copies

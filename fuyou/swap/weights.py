@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 
-from fuyou.core.errors import BudgetError, DeadlineError, StateError
+from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import format_bytes
-from fuyou.core.ticket import DONE, Ticket
-from fuyou.swap.unit import Chunk, Member, Residency, Unit, chunks_of, overlap
+from fuyou.swap.loader import Loader, Loading
+from fuyou.swap.ranges import WriteBehind
+from fuyou.swap.unit import Member, Residency, Unit, chunks_of, overlap
+from fuyou.swap.update import Claims
 from fuyou.tiers.device import Device
-from fuyou.tiers.host import Arena
-from fuyou.tiers.worker import Worker
-
-BUFFERS = 2  # staging buffers of the inbound worker: one is read into while the other is copied from
 
 
 class Swapper:
     """At most `limit_bytes` of units on the device: `fetch` starts, `get` waits on the compute stream, `release` frees.
 
     A released unit stays READY until its room is wanted: least recently used goes first. The caller's thread changes
-    states and allocates; one inbound worker reads NVMe and queues copies, in the order of the fetches. The lock makes
-    the autograd thread and a second training thread safe; the worker never takes it.
+    states and allocates; the loader's reads NVMe and queues copies, in the order of the fetches. The lock makes the
+    autograd thread and a second training thread safe; the loader never takes it.
 
     `bind` and `unbind` are told when a unit's parameters become views of its storage, and placeholders again.
     """
@@ -35,17 +32,19 @@ class Swapper:
         self,
         *,
         device: Device,
-        arena: Arena,
         ledger: Ledger,
-        inbound: Worker,
+        loader: Loader,
+        writes: WriteBehind,
+        claims: Claims,
         limit_bytes: int,
-        buffer_bytes: int,
         bind: Callable[[Unit], None],
         unbind: Callable[[Unit], None],
     ) -> None:
         self._device = device
         self._ledger = ledger
-        self._inbound = inbound
+        self._loader = loader
+        self._writes = writes
+        self._claims = claims
         self._limit_bytes = limit_bytes
         self._bind = bind
         self._unbind = unbind
@@ -54,10 +53,6 @@ class Swapper:
         self._resident_bytes = 0
         self._by_storage: dict[int, Unit] = {}
         self._own_references: dict[Unit, int] = {}  # to a unit's storage, while its parameters are away
-        # The worker's own: a fetch can then never wait for memory that its waiter holds.
-        self._buffers = [arena.lease(buffer_bytes, "staging") for _ in range(BUFFERS)] if buffer_bytes else []
-        self._buffer_copies: list[Ticket] = [DONE] * BUFFERS
-        self._buffer_moves: list[Ticket] = [DONE] * BUFFERS  # the last read or write of each, ended or not
         self._loads: dict[Unit, Loading] = {}
 
     def adopt(self, unit: Unit) -> None:
@@ -85,9 +80,8 @@ class Swapper:
                 self._resident[unit] = None
                 self._resident_bytes += unit.nbytes
             unit.residency = Residency.LOADING
-            ready = self._device.mark()  # the copies wait for the kernels that used this memory before
-            loading = self._loads[unit] = Loading()
-            unit.arrival = self._inbound.submit(lambda: self._load(unit, ready, loading), f"the weights of {unit.name}")
+            # The copies wait for the kernels that used this memory before.
+            unit.arrival = self._loads[unit] = self._loader.load(unit, self._device.mark())
             return True
 
     def get(self, unit: Unit) -> None:
@@ -122,13 +116,13 @@ class Swapper:
     # Around the verbs ------------------------------------------------------------------------------------------------
 
     def invalidate(self, unit: Unit) -> None:
-        """The bytes at home have changed: what is on the device is stale and goes."""
+        """The bytes at home change: what is on the device is stale and goes. A copy that was reading them on the host is
+        over when `unit.copied` is done."""
         with self._lock:
             if unit.residency is Residency.IN_USE:
                 raise StateError(f"The weights of {unit.name} were changed while {unit.users} blocks use them.")
             if unit.residency is not Residency.ABSENT:
                 self._drop(unit)
-                unit.copied.wait()  # whoever changes bytes at home on the host must not meet a copy that reads them
 
     def pin(self, unit: Unit) -> None:
         """Keep a unit's device memory from now on: it is read outside of its blocks, and autograd may hold raw views."""
@@ -155,115 +149,52 @@ class Swapper:
 
     def close(self) -> None:
         self.drop_all()
-        for buffer, move in zip(self._buffers, self._buffer_moves, strict=False):
-            buffer.release_after([move])
-        self._buffers = []
+        self._loader.close()
         self._by_storage.clear()
         self._own_references.clear()
         self._loads.clear()
 
-    # Reading and writing single parameters, through the same worker and its buffers ---------------------------------
+    # Reading and writing single parameters --------------------------------------------------------------------------
 
     def read_member(self, member: Member, target: torch.Tensor) -> None:
         """Copy a parameter's current value to `target` ((numel,), its dtype, host or device); complete on return."""
         ready = self._device.mark()  # `target` may be memory that queued kernels still use
-
-        def run() -> None:
-            with self._device.guard():
-                for chunk, weights in self._chunks(chunks_of(member)):
-                    first, last, at = overlap(member, chunk)
-                    source = weights.view(member.unit.dtype)[at : at + last - first]
-                    part = target[first - member.entry.start : last - member.entry.start]
-                    if target.is_cuda:
-                        self._device.copy_in(part, source, ready).wait()
-                    else:
-                        part.copy_(source)
-
-        self._inbound.submit(run, f"reading {member.name}").wait()
+        for chunk in chunks_of(member):
+            self._claims.settle(chunk)
+            staging = self._writes.stage([chunk.weights], f"reading {member.name}")
+            if staging is None:
+                raise StateError(f"No host memory came free for reading {member.name}.")
+            try:
+                staging.load().wait()
+                first, last, at = overlap(member, chunk)
+                source = staging.views[0].view(member.unit.dtype)[at : at + last - first]
+                part = target[first - member.entry.start : last - member.entry.start]
+                if target.is_cuda:
+                    self._device.copy_in(part, source, ready).wait()
+                else:
+                    part.copy_(source)
+            finally:
+                staging.release()
 
     def write_member(self, member: Member, source: torch.Tensor) -> None:
         """Make `source` ((numel,), the parameter's dtype, any device) the parameter's value at home."""
-
-        def run() -> None:
-            with self._device.guard():
-                for chunk, weights in self._chunks(chunks_of(member)):
-                    first, last, at = overlap(member, chunk)
-                    target = weights.view(member.unit.dtype)[at : at + last - first]
-                    target.copy_(source[first - member.entry.start : last - member.entry.start])
-                    if not chunk.weights.on_host:
-                        written = chunk.weights.home.write(weights.data_ptr(), weights)  # type: ignore[union-attr]
-                        turn = next(
-                            index for index, each in enumerate(self._buffers) if each.address == weights.data_ptr()
-                        )
-                        self._buffer_moves[turn] = written
-                        written.wait()
-
         self.invalidate(member.unit)
         source = source.cpu()  # behind the kernels that make it
-        self._inbound.submit(run, f"writing {member.name}").wait()
+        for chunk in chunks_of(member):
+            self._claims.claim(chunk)
+            staging = self._writes.stage([chunk.weights], f"writing {member.name}")
+            if staging is None:
+                raise StateError(f"No host memory came free for writing {member.name}.")
+            try:
+                staging.load().wait()
+                first, last, at = overlap(member, chunk)
+                target = staging.views[0].view(member.unit.dtype)[at : at + last - first]
+                target.copy_(source[first - member.entry.start : last - member.entry.start])
+                staging.store().wait()
+            finally:
+                staging.release()
 
     # Within ----------------------------------------------------------------------------------------------------------
-
-    def _chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """(chunk, its weights as host bytes) in order, the next one's read under way. On the worker's thread only."""
-        reads: dict[int, tuple[torch.Tensor, Ticket]] = {}
-
-        def start(index: int) -> None:
-            weights = chunks[index].weights
-            if weights.on_host:
-                reads[index] = (weights.home.data, DONE)  # type: ignore[union-attr]
-                return
-            turn = index % BUFFERS
-            self._buffer_copies[turn].wait()  # its last copy to the device has ended
-            self._end_move(turn)
-            view = self._buffers[turn].data[: weights.nbytes]
-            read = weights.home.read(view.data_ptr(), self._buffers[turn])  # type: ignore[union-attr]
-            self._buffer_moves[turn] = read
-            reads[index] = (view, read)
-
-        for index, chunk in enumerate(chunks):
-            if index not in reads:
-                start(index)
-            view, read = reads[index]
-            read.wait()
-            # The other buffer was handed out one chunk ago, and its user is done with it (or left a ticket).
-            if index + 1 < len(chunks):
-                start(index + 1)
-            yield chunk, view
-            del reads[index]
-
-    def _end_move(self, turn: int) -> None:
-        """The last read or write of a buffer has ended, well or not: long ago, but after an error or a deadline."""
-        move, until = self._buffer_moves[turn], time.monotonic() + self._device.deadline_s
-        while not move.done():
-            try:
-                move.wait()
-            except DeadlineError:
-                raise
-            except Exception as error:  # the error of the writer before a read, which itself may not have ended
-                if time.monotonic() > until:
-                    raise DeadlineError(
-                        f"A staging buffer for weights is still in use after an error: {error}"
-                    ) from error
-                time.sleep(1e-3)
-
-    def _load(self, unit: Unit, ready: torch.cuda.Event | None, loading: Loading) -> None:
-        with self._device.guard():
-            for index, (chunk, weights) in enumerate(self._chunks(unit.chunks)):
-                with loading.lock:
-                    if loading.cancelled:
-                        return
-                    target = self.flat_slice(unit, chunk)
-                    copied = self._device.copy_in(target, weights[: target.numel()], ready)
-                    unit.copied = copied  # under the lock: who cancels orders the memory behind it
-                if not chunk.weights.on_host:
-                    self._buffer_copies[index % BUFFERS] = copied
-
-    @staticmethod
-    def flat_slice(unit: Unit, chunk: Chunk) -> torch.Tensor:
-        """A chunk's bytes within the unit's device storage."""
-        itemsize = unit.dtype.itemsize
-        return unit.memory.tensor[chunk.start * itemsize : chunk.stop * itemsize]
 
     def _make_room(self, unit: Unit, needed: bool) -> bool:
         """Charge the unit, after evicting what nobody uses. On True it is charged."""
@@ -317,13 +248,3 @@ class Swapper:
         self._resident.pop(unit)
         self._resident_bytes -= unit.nbytes
         self._ledger.discharge("device", "weights", unit.nbytes)
-
-
-class Loading:
-    """One fetch on its way. Cancelled, it copies no further: the unit's memory is somebody else's from then on."""
-
-    __slots__ = ("cancelled", "lock")
-
-    def __init__(self) -> None:
-        self.cancelled = False
-        self.lock = threading.Lock()

@@ -15,6 +15,9 @@ import torch
 from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
+from fuyou.tiers.worker import Worker
+
+THREAD_COPY_BYTES = 128 << 10  # from here on memcpy takes longer than handing it to a thread
 
 
 class EventTicket:
@@ -92,7 +95,8 @@ class Device:
     it). A copy out waits for everything queued on the compute stream so far. The compute stream waits for a copy in by
     `join`; nothing here blocks the host.
 
-    CPU: the same calls are memcpy, complete on return.
+    CPU: the same calls are memcpy. A copy in is complete on return (the loader's thread makes it); a copy out is made by a
+    thread, so that backward goes on meanwhile as it does on CUDA, unless it is too small to be worth it.
     """
 
     def __init__(self, device: torch.device, budget_bytes: int, *, deadline_s: float = DEADLINE_S) -> None:
@@ -103,6 +107,7 @@ class Device:
         self.host_to_device_bytes = 0
         self.device_to_host_bytes = 0
         self._counting = threading.Lock()
+        self._copier: Worker | None = None  # CPU
         if self.is_cuda:
             self.h2d_stream = torch.cuda.Stream(device)
             self.d2h_stream = torch.cuda.Stream(device)
@@ -115,6 +120,8 @@ class Device:
             torch.cuda.set_per_process_memory_fraction(min(1.0, self._budget_bytes / total), self.device)
 
     def close(self) -> None:
+        if self._copier is not None:
+            self._copier.close()
         if self.is_cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
@@ -163,13 +170,21 @@ class Device:
             return EventTicket(self.h2d_stream.record_event(), source, what, self.deadline_s)
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
-        """device → host, after all that the compute stream holds so far. Contiguous, equal bytes."""
+        """device → host, after all that the compute stream holds so far. Contiguous, equal bytes; the source must not be
+        changed until the ticket is done. Copies to one target end in their order: those of one size go the same way."""
         nbytes = source.numel() * source.itemsize
         with self._counting:
             self.device_to_host_bytes += nbytes
         if not self.is_cuda:
-            copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
-            return DONE
+            if nbytes < THREAD_COPY_BYTES:
+                copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+                return DONE
+            if self._copier is None:
+                self._copier = Worker("fuyou-copies-out", deadline_s=self.deadline_s)
+            return self._copier.submit(  # the job holds both ends
+                lambda: copy_bytes(target.data_ptr(), source.data_ptr(), nbytes),
+                f"a copy of {nbytes} bytes to the host",
+            )
         ready = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.d2h_stream):
             self.d2h_stream.wait_event(ready)
@@ -180,9 +195,11 @@ class Device:
             return EventTicket(self.d2h_stream.record_event(), target, what, self.deadline_s)
 
     def join(self, ticket: Ticket) -> None:
-        """The compute stream waits for a copy in; the host does not."""
+        """What is computed from now on comes behind a copy. CUDA: the compute stream waits, the host does not."""
         if isinstance(ticket, EventTicket):
             torch.cuda.current_stream(self.device).wait_event(ticket.event)
+        else:
+            ticket.wait()
 
     def guard(self) -> contextlib.AbstractContextManager[Any]:
         """Makes this the current CUDA device in a worker thread."""

@@ -82,13 +82,14 @@ class Extent:
     written has no bytes (`written` is False) and must not be read.
     """
 
-    __slots__ = ("_current", "_slots", "_store", "_writer", "category", "nbytes", "written")
+    __slots__ = ("_ahead", "_current", "_slots", "_store", "_writer", "category", "nbytes", "written")
 
     def __init__(self, store: Store, nbytes: int, category: str) -> None:
         self._store = store
         self._slots: tuple[Slot, ...] = ()
         self._current = 0
         self._writer: Ticket = DONE
+        self._ahead: Ticket | None = None
         self.nbytes = nbytes
         self.category = category
         self.written = False
@@ -107,8 +108,31 @@ class Extent:
             raise StateError(f"An extent of {self.category} ({self.nbytes} bytes) was read before it was written.")
         return Transfer(self._store.transfer("read", self._slots[self._current], address, keep), self._writer)
 
-    def write(self, address: int, keep: object) -> Ticket:
+    @property
+    def can_write_ahead(self) -> bool:
+        return len(self._slots) > 1 and self.written
+
+    def free_after(self) -> Ticket:
+        return DONE
+
+    def accept(self) -> None:
+        if self._ahead is None:
+            raise StateError("nothing ahead")
+        self._current, self._writer, self._ahead = 1 - self._current, self._ahead, None
+
+    def drop(self) -> None:
+        if self._ahead is None:
+            raise StateError("nothing ahead")
+        self._ahead = None
+
+    def write(self, address: int, keep: object, *, ahead: bool = False) -> Ticket:
         """Start writing the extent from `address`; reads from now on see these bytes."""
+        if ahead:
+            if self._ahead is not None:
+                raise StateError("second ahead")
+            self._ahead = self._store.transfer("write", self._slots[1 - self._current], address, keep)
+            return self._ahead
+        self._ahead = None
         if not self._slots:
             raise StateError(
                 f"An extent of {self.category} ({self.nbytes} bytes) was written before its store was open."
@@ -127,7 +151,7 @@ class Store:
     it can, and the others take the rest.
     """
 
-    def __init__(self, folders: Sequence[str], ledger: Ledger) -> None:
+    def __init__(self, folders: Sequence[str], ledger: Ledger, durable: bool = False) -> None:
         self._ledger = ledger
         self._counting = threading.Lock()
         self._drives = tuple(Drive(folder) for folder in folders)
@@ -161,7 +185,7 @@ class Store:
         """Register host memory with every drive's engine until it closes; returns the drives where that was refused."""
         return [drive for drive in self._drives if drive.engine and not drive.engine.register(address, nbytes)]
 
-    def place(self, nbytes: int, category: str, slots: int) -> Extent:
+    def place(self, nbytes: int, category: str, slots: int, committed: bool = False) -> Extent:
         """An extent of `nbytes` (rounded up to 4096) in `slots` slots."""
         extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)
         self._wanted.append((extent, slots))
@@ -183,7 +207,7 @@ class Store:
             raise
         self._wanted = []
 
-    def add(self, nbytes: int, category: str, slots: int) -> Extent:
+    def add(self, nbytes: int, category: str, slots: int, committed: bool = False) -> Extent:
         """An extent placed after `open`: the files grow by it. BudgetError or StoreError where there is no room, and
         nothing has changed."""
         extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)

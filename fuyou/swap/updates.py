@@ -1,0 +1,491 @@
+"""The optimizer's updates as one queue, worked off by two threads beside forward and backward.
+
+[Note: guesses] PyTorch puts the update at `step()`. An update that is asked for there is *firm*, and runs under the next
+forward, ahead of its chunk's next use. One that is put in the queue before, during backward, is a *guess*: that the
+gradient is complete, that `step()` will come with these hyperparameters, and that until then nobody changes the gradient,
+the weights or the state. A guess writes beside the bytes of now, which stay what everybody reads. `step()` compares it
+with what is really wanted: equal, and what it wrote becomes the bytes of now; else that is forgotten and the update is
+done again, firm. Whoever is about to change a chunk's gradient, weights or state calls `drop` first, and whoever reads
+its weights or state calls `settle`: then a wrong guess is never seen, and neither is a stale byte.
+
+Every update of a step comes before any of the next, and within a step they are in the order in which the next forward
+needs them: the earliest deadline first, never idle while there is something to do.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
+from fuyou.swap.buffers import Buffers
+from fuyou.swap.optimizer_state import apply_update, load_written
+from fuyou.swap.ranges import Range, Staging
+from fuyou.swap.unit import Chunk, Member
+from fuyou.swap.update import MemberUpdate, Phase, StepUpdates, Update
+from fuyou.tiers.host import Lease
+
+READ_AHEAD = 8  # updates that may wait for the kernels: a more urgent one waits for these
+THROUGH_COUNT = 3  # chunks on their way from the host to the drives: reads are not to queue behind all of them
+
+
+class Kind(enum.IntEnum):
+    """What is in the queue."""
+
+    UPDATE = 0
+    THROUGH = 1
+
+
+class Updates:
+    """See [Note: guesses]. `handover(chunk)` gives a gradient's staging (held, or None where it is at home) and the ticket
+    of its bytes; `commit(step)` starts a commit (durability "step"; None: steps are not committed), once every update of
+    the step is written or on its way.
+
+    `counts`: of chunks, since the run began: guessed, accepted, dropped (guesses), deferred (firm from the start).
+    `failure`: why an update of a step could not be made; the weights are then partly those of before the step.
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        buffers: Buffers,
+        *,
+        handover: Callable[[Chunk], tuple[Staging | None, Ticket]],
+        commit: Callable[[int], Ticket] | None,
+        deadline_s: float,
+        in_flight: Callable[[], list[str]],
+        races: Any = None,
+    ) -> None:
+        self._kernels = kernels
+        self._buffers = buffers
+        self._handover = handover
+        self._commit = commit
+        self._deadline_s = deadline_s
+        self._in_flight = in_flight
+        self._races = races
+        self._changed = threading.Condition()
+        self._queue: list[tuple] = []  # a heap of (step, not urgent, kind, place, number, update or chunk)
+        self._numbers = itertools.count()
+        self._updates: dict[Chunk, Update] = {}  # not ended
+        self._holding: dict[Update, None] = {}  # QUEUED ones that hold a gradient
+        self._read: deque[Update] = deque()  # READING, in the order in which they were begun
+        self._steps: dict[int, StepUpdates] = {}  # not committed, or not all published
+        self._committed: Ticket = DONE  # the last step whose updates are all on their way
+        self._through: deque[Ticket] = deque()
+        self._writes: deque[Ticket] = deque()
+        self._closing = False
+        self._threads: list[threading.Thread] = []
+        self.step = 0  # steps asked for
+        self.counts = dict.fromkeys(("guessed", "accepted", "dropped", "deferred"), 0)
+        self.failure: BaseException | None = None
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    def guess(self, chunk: Chunk, wanted: Mapping[Member, MemberUpdate]) -> bool:
+        """Put an update in the queue ahead of its step; False where it could not be taken back."""
+        if self.failure is not None or not all(each.can_guess for each in chunk.rewritten):
+            return False
+        with self._changed:
+            if chunk in self._updates:
+                return False
+        gradient, ready = self._handover(chunk)
+        with self._changed:
+            self._put(Update(chunk, self.step + 1, wanted, False, gradient, ready))
+            self.counts["guessed"] += 1
+            self._changed.notify_all()
+        return True
+
+    def request(self, wanted: dict[Chunk, dict[Member, MemberUpdate]], record: dict[str, Any]) -> None:
+        """A step: exactly these updates. `record["nonfinite_gradients"]` counts, as they are made, the parameters whose
+        gradient held an inf or a nan after its scales: they are updated all the same, as torch does it."""
+        self._raise_failure()
+        for chunk in wanted:  # an update of the step before that no forward has waited for
+            update = self._updates.get(chunk)
+            if update is not None and update.firm:
+                self.settle(chunk)
+        missing = []
+        with self._changed:
+            self.step += 1
+            self._steps[self.step] = StepUpdates(record, unpublished=len(wanted))
+            record["nonfinite_gradients"] = 0
+            for chunk, update in list(self._updates.items()):
+                if not update.firm and chunk not in wanted:
+                    self._drop(update)
+            for chunk, its in wanted.items():
+                update = self._updates.get(chunk)
+                if update is None or not self._make_firm(update, its):
+                    missing.append(chunk)
+            self._end_step_if_over(self.step)
+        for chunk in missing:
+            gradient, ready = self._handover(chunk)
+            with self._changed:
+                self._put(Update(chunk, self.step, wanted[chunk], True, gradient, ready))
+                self.counts["deferred"] += 1
+                self._changed.notify_all()
+
+    def settle(self, chunk: Chunk | None = None) -> None:
+        """Return when the bytes of `chunk` (None: of all) are those after every step that was asked for."""
+        if (
+            chunk is not None and chunk not in self._updates
+        ):  # the common case costs no lock; entries come by this thread
+            self._raise_failure()
+            return
+        with self._changed:
+            if chunk is not None and (update := self._updates.get(chunk)) is not None and update.firm:
+                self._hurry(update)
+            self._await(lambda: not self._pending(chunk), "every block" if chunk is None else chunk.unit.name)
+        self._raise_failure()
+
+    def drain(self) -> None:
+        """`settle`, and every write is done; the step is committed where steps are. Raises their errors."""
+        self.settle()
+        try:
+            wait_for([*self._writes])
+            self._committed.wait()
+        except DeadlineError:
+            raise
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def pending(self, chunk: Chunk) -> bool:
+        """`settle` would wait."""
+        update = self._updates.get(chunk)
+        return update is not None and update.firm and self.failure is None
+
+    def drop(self, chunk: Chunk) -> None:
+        """Somebody is about to change the chunk's gradient: no update reads or will read what it was."""
+        if chunk not in self._updates:
+            return
+        self.settle(chunk)
+        with self._changed:
+            update = self._updates.get(chunk)
+            if update is not None:
+                self._drop(update)
+                self._await(lambda: update.phase is not Phase.COMPUTING, f"an update of {chunk.unit.name}")
+
+    def claim(self, chunk: Chunk) -> None:
+        """Somebody is about to change the chunk's weights or state: no update will have been made from what they were,
+        and no commit names or is about to name the place where they are written."""
+        if self._commit is not None:
+            self.settle()
+        self.drop(chunk)
+        chunk.unit.copied.wait()  # a copy to the device that was under way reads them
+        for each in (chunk.weights, chunk.state):
+            if each is not None:
+                each.free_after().wait()
+
+    def let_go(self) -> bool:
+        """Give back the host memory of the gradient that is used last of those which wait; it is read from its home then.
+        False where none can go: its bytes are not home yet, or there is none."""
+        with self._changed:
+            idle = [update for update in self._holding if update.gradient is not None and not update.gradient.shared]
+            if not idle:
+                return False
+            last = max(idle, key=lambda update: (update.step, update.chunk.place))
+            del self._holding[last]
+            gradient, last.gradient = last.gradient, None
+        if gradient is not None:
+            gradient.release()
+        return True
+
+    def close(self) -> None:
+        """Ends the threads; what is left in the queue is not made. DeadlineError where an operation does not end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        until = time.monotonic() + self._deadline_s
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                raise DeadlineError(f"Waited {self._deadline_s:g} s to close {thread.name}: {self._doing()}.")
+        for update in {*self._updates.values(), *self._read}:
+            self._release(update)
+        self._updates.clear()
+        self._read.clear()
+        self._buffers.close()
+
+    # Under the lock --------------------------------------------------------------------------------------------------
+
+    def _put(self, update: Update) -> None:
+        if not self._threads:  # a run that is never trained has none
+            self._start()
+        self._updates[update.chunk] = update
+        if update.gradient is not None:
+            self._holding[update] = None
+        heapq.heappush(self._queue, (update.step, True, Kind.UPDATE, update.chunk.place, next(self._numbers), update))
+
+    def _hurry(self, update: Update) -> None:
+        if update.phase is Phase.QUEUED:
+            heapq.heappush(
+                self._queue, (update.step, False, Kind.UPDATE, update.chunk.place, next(self._numbers), update)
+            )
+            self._changed.notify_all()
+
+    def _make_firm(self, update: Update, wanted: Mapping[Member, MemberUpdate]) -> bool:
+        """The step wants this of a chunk that was guessed. False: it must be done anew."""
+        right = update.wanted == wanted
+        self.counts["accepted" if right else "dropped"] += 1
+        if update.phase in (Phase.QUEUED, Phase.READING):  # not computed yet: what is wanted is computed
+            update.wanted, update.firm = wanted, True
+            return True
+        if not right:
+            self._discard(update)
+            return False
+        update.firm = True
+        if update.phase is Phase.AHEAD:
+            for each in update.chunk.rewritten:
+                each.accept()
+            self._publish(update)
+        return True
+
+    def _drop(self, update: Update) -> None:
+        self.counts["dropped"] += 1
+        self._discard(update)
+
+    def _discard(self, update: Update) -> None:
+        """A guess that is not wanted: forgotten, now or by the thread that has it."""
+        update.rejected = True
+        self._updates.pop(update.chunk, None)
+        if update.phase is Phase.AHEAD:
+            for each in update.chunk.rewritten:
+                each.drop()
+        if update.phase in (Phase.QUEUED, Phase.AHEAD):
+            self._release(update)
+
+    def _publish(self, update: Update) -> None:
+        """The bytes of now are those after the update's step."""
+        step = self._steps[update.step]
+        step.unpublished -= 1
+        step.nonfinite |= update.nonfinite
+        step.record["nonfinite_gradients"] = len(step.nonfinite)
+        for each in update.chunk.rewritten:
+            if each.through is not None:
+                step.unwritten += 1
+                heapq.heappush(
+                    self._queue, (update.step, True, Kind.THROUGH, update.chunk.place, next(self._numbers), each)
+                )
+        self._updates.pop(update.chunk, None)
+        self._release(update)
+        self._end_step_if_over(update.step)
+        self._changed.notify_all()
+
+    def _end_step_if_over(self, number: int) -> None:
+        step = self._steps.get(number)
+        if step is None or step.unpublished or step.unwritten:
+            return
+        del self._steps[number]
+        if self._commit is not None and self.failure is None:
+            self._committed = self._commit(number)
+        self._changed.notify_all()
+
+    def _release(self, update: Update) -> None:
+        """→ ENDED."""
+        update.phase = Phase.ENDED
+        self._holding.pop(update, None)
+        for staging in (update.gradient, update.staging):
+            if staging is not None:
+                staging.release()
+        update.gradient = update.staging = None
+
+    def _pending(self, chunk: Chunk | None) -> bool:
+        if self.failure is not None:
+            return False
+        if chunk is None:
+            return bool(self._steps)
+        update = self._updates.get(chunk)
+        return update is not None and update.firm
+
+    def _await(self, met: Callable[[], bool], what: str) -> None:
+        if not self._changed.wait_for(met, self._deadline_s):
+            raise DeadlineError(f"Waited {self._deadline_s:g} s for an update of {what}; {self._doing()}.")
+
+    def _doing(self) -> str:
+        operations = self._in_flight()
+        return f"{len(self._updates)} chunks wait for theirs, and {len(operations)} operations are in flight: " + (
+            "; ".join(operations[:8]) or "none"
+        )
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    # The two threads -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        for run, name in ((self._read_all, "fuyou-updates-read"), (self._compute_all, "fuyou-updates")):
+            thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+
+    def _read_all(self) -> None:
+        """Takes what comes first in the queue, and starts reading it into a buffer."""
+        while True:
+            with self._changed:
+                while not (self._closing or self._first()):
+                    self._changed.wait()
+                if self._closing or self.failure is not None:
+                    return
+                step, _, kind, _, _, item = self._queue[0]
+                if self._commit is not None and step - 1 in self._steps:
+                    self._changed.wait()  # a guess, and updates of the step before are with the kernels
+                    continue
+                committed = self._committed
+            # No buffer is held while a commit is waited for: those whom it waits for may need one.
+            committed.wait()
+            if kind is Kind.THROUGH:
+                self._write_through()
+                continue
+            buffer = self._buffers.take() if item.needs_buffer else None
+            update = self._take_first(buffer)
+            if update is not None:
+                self._begin(update, buffer)
+
+    def _first(self) -> bool:
+        """There is something to do at the queue's head. What was dropped, or put there twice, is taken off."""
+        while self._queue:
+            kind, item = self._queue[0][2], self._queue[0][5]
+            if kind is Kind.THROUGH:
+                return True
+            if item.phase is Phase.QUEUED:
+                return len(self._read) < READ_AHEAD
+            heapq.heappop(self._queue)
+        return False
+
+    def _take_first(self, buffer: Lease | None) -> Update | None:
+        """The first update there is now: while a buffer was waited for, a more urgent one may have come, or none be left."""
+        with self._changed:
+            if self._first() and self._queue[0][2] is Kind.UPDATE:
+                update = self._queue[0][5]
+                if update.needs_buffer == (buffer is not None):
+                    heapq.heappop(self._queue)
+                    update.phase = Phase.READING
+                    self._holding.pop(update, None)
+                    return update
+        if buffer is not None:
+            self._buffers.put(buffer, [])
+        return None
+
+    def _begin(self, update: Update, buffer: Lease | None) -> None:
+        ranges: list[Range] = [*update.chunk.rewritten]
+        if update.gradient is None:
+            ranges.append(update.chunk.gradients)
+        update.staging = Staging(ranges, buffer, self._buffers.put)
+        self._delay()
+        try:
+            if update.gradient is None:
+                update.ready.wait()  # its write is on its way, and the engine puts our read behind it
+            update.loaded = load_written(update.staging)
+        except BaseException as error:
+            update.loaded = Failed(error)
+        with self._changed:
+            self._read.append(update)
+            self._changed.notify_all()
+
+    def _write_through(self) -> None:
+        """A chunk on the host that has been updated goes to the drives too."""
+        while len(self._through) >= THROUGH_COUNT:
+            self._through.popleft().wait()
+        with self._changed:
+            step, _, _, _, _, each = heapq.heappop(self._queue)
+        self._through.append(each.through.write(each.home.address, each.home))
+        with self._changed:
+            self._steps[step].unwritten -= 1
+            self._end_step_if_over(step)
+
+    def _compute_all(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closing or self._read):
+                    self._changed.wait()
+                if self._closing or self.failure is not None:
+                    return
+                update = self._read[0]
+            try:
+                AllOf((update.loaded, update.ready)).wait()
+                failure = None
+            except Exception as error:
+                failure = error
+            with self._changed:
+                self._read.popleft()
+                self._changed.notify_all()
+                if update.rejected:
+                    self._release(update)
+                    continue
+                if failure is not None and update.firm:
+                    self._release(update)
+                    raise failure
+                if (
+                    failure is not None
+                ):  # it will be said by the update that step() asks for, if it is one of the drive's
+                    self._drop(update)
+                    continue
+                update.phase, firm = Phase.COMPUTING, update.firm
+            self._compute(update, firm)
+
+    def _compute(self, update: Update, firm: bool) -> None:
+        chunk, staging = update.chunk, update.staging
+        if staging is None:
+            raise StateError(f"An update of {chunk.unit.name} has nothing to work on.")
+        weights, state = staging.views[:2]
+        if firm:
+            chunk.unit.copied.wait()  # it may read the weights where they are on the host
+        else:
+            weights, state = (_copied(each, view) for each, view in zip(chunk.rewritten, (weights, state), strict=True))
+        gradient = update.gradient.views[0] if update.gradient is not None else staging.views[2]
+        self._delay()
+        with torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
+            apply_update(self._kernels, chunk, weights, state, gradient, update.wanted, update.nonfinite)
+        # Stored without the lock: who is waiting for it needs none of this. Nobody ends a COMPUTING update but us.
+        self._writes.append(staging.store(0, 1, ahead=not firm))
+        with self._changed:
+            self._changed.notify_all()
+            if update.rejected:
+                for each in chunk.rewritten:
+                    each.drop()
+                self._release(update)
+            elif update.firm:
+                if not firm:  # a guess that was accepted meanwhile
+                    for each in chunk.rewritten:
+                        each.accept()
+                self._publish(update)
+            else:
+                update.phase = Phase.AHEAD
+                staging.release()
+                if update.gradient is not None:
+                    update.gradient.release()
+                update.gradient = update.staging = None
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().wait()  # raises what the drive said
+
+    def _delay(self) -> None:
+        if self._races is not None:
+            self._races.delay()
+
+
+def _copied(each: Range, view: torch.Tensor) -> torch.Tensor:
+    """The bytes that a guess may change: its own in a buffer already, a copy of those on the host in their spare lease."""
+    if each.spare is None or not each.on_host:
+        return view
+    each.spare.data.copy_(view)
+    return each.spare.data
