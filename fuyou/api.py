@@ -211,9 +211,11 @@ class Run:
             self._tiers.close()  # what was past its deadline then; else there is nothing left
             return
         try:
-            self._settle()
+            if not self._schedule.torn:
+                self._settle()
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
+                self._updates.give_up()
             self._hand_back()
             self.optimizer.state.close()
         except DeadlineError:

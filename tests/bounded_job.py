@@ -101,7 +101,7 @@ def main(nvme: str, vocabulary: int, width: int, layers: int, steps: int) -> Non
         "baseline_bytes": baseline,
         "tiers": tiers,
         "held_after_close": {tier: run._ledger.held(tier) for tier in tiers},
-        "leases_after_close": run._arena.lease_count,
+        "leases_after_close": run._tiers.lease_count,
         "files": [files, len(os.listdir("/proc/self/fd"))],
         "threads": [threads, threading.active_count()],
         "left_in_nvme": os.listdir(nvme),

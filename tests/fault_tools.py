@@ -240,7 +240,7 @@ def assert_empty(run: fuyou.Run) -> None:
     """After close: no lease, no byte in any tier's book."""
     torch.ones(1, requires_grad=True).sum().backward()  # torch keeps a graph whose backward failed until the next one
     gc.collect()
-    assert run._arena.lease_count == 0
+    assert run._tiers.lease_count == 0
     held = {tier: {k: v for k, v in run._ledger._held[tier].items() if v} for tier in ("device", "host", "nvme")}
     assert not any(held.values()), f"still charged after close: {held}"
 

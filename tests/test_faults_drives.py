@@ -65,6 +65,14 @@ def data(folder: Path) -> Path:
     return folder / "fuyou-store" / "data"
 
 
+def idle(run: fuyou.Run) -> None:
+    """Return when what was fetched has come, or was given up."""
+    loader, until = run._swapper._loader, time.monotonic() + 60
+    while loader._asked or loader._reading:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def close_broken(run: fuyou.Run) -> Exception | None:
     """Close a run whose drive is broken; the error that it says."""
     try:
@@ -367,7 +375,7 @@ def test_training_goes_on_after_a_drive_that_stopped_reading(kind: str, place: P
                     assert time.monotonic() - started < 10
                 go_on()
                 training.optimizer.zero_grad()
-                run._tiers.engine.deadline_s = run._tiers.inbound.deadline_s = 60
+                run._tiers.engine.deadline_s = run._swapper._loader.deadline_s = 60
                 losses += [training.step(), training.step()]
         assert losses == expected and same(training.weights(), weights)
         assert_empty(run)
@@ -388,7 +396,7 @@ def test_a_fetch_that_was_given_up_brings_nothing_later(place: Place) -> None:
                 assert run._swapper.fetch(away[0])
                 run._swapper.drop_all()
                 go_on()
-                run._tiers.inbound.submit(lambda: None, "nothing").wait(60)
+                idle(run)
             assert not away[0].memory.tensor.any()
             losses += [training.step(), training.step()]
         assert losses == expected and same(training.weights(), weights)

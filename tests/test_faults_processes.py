@@ -187,13 +187,13 @@ def test_a_fork_copies_nothing_of_registered_memory(nvme: Path) -> None:
     training = Training()
     with training.wrap(nvme, io="auto", ram="256MiB") as run:
         training.step()
-        run._arena.bytes.fill_(1)
+        run._tiers.arena.bytes.fill_(1)
         grown = []
 
         def work() -> bool:
             grown.append(psutil.Process().memory_info().rss)
             return (
-                str(run._arena.address) != "" and f"{run._arena.address:x}-" not in Path("/proc/self/maps").read_text()
+                str(run._tiers.arena.address) != "" and f"{run._tiers.arena.address:x}-" not in Path("/proc/self/maps").read_text()
             )
 
         before = psutil.virtual_memory().available

@@ -247,21 +247,23 @@ class TestClose:
         written = load_file(tmp_path / "weights-at-close" / "model.safetensors")
         assert all(torch.equal(written[name], value) for name, value in expected.items())
 
-    def test_an_interrupted_step_is_refused_afterwards_and_leaks_nothing(self, tmp_path, monkeypatch):
+    def test_a_step_that_failed_half_way_is_refused_afterwards_and_leaks_nothing(self, tmp_path, monkeypatch):
         model, _, run = self.make(tmp_path)
         model(torch.ones(2, 64)).sum().backward()
         applied = []
 
         def interrupt(*_):
             applied.append(1)
-            if len(applied) == 3:
-                raise KeyboardInterrupt
+            if len(applied) == 2:
+                raise MemoryError("made up")
             original(*_)
 
-        original = run._schedule._updates._apply
-        monkeypatch.setattr(run._schedule._updates, "_apply", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        original = run._updates._compute
+        run.settle()
+        monkeypatch.setattr(run._updates, "_compute", interrupt)
+        with pytest.raises(MemoryError, match="made up"):
             run.optimizer.step()
+            run.settle()
         for use in (
             run.optimizer.step,
             run.settle,
@@ -272,7 +274,7 @@ class TestClose:
                 use()
         with pytest.warns(UserWarning, match="half-way"):
             run.close()
-        assert run._arena.lease_count == 0
+        assert run._tiers.lease_count == 0
         assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
 
     def test_a_broken_store_is_told_at_close_and_everything_is_still_given_back(self, tmp_path):
@@ -283,7 +285,7 @@ class TestClose:
         os.truncate(tmp_path / "fuyou-store" / "data", 0)
         with pytest.raises(fuyou.StorageIOError):
             run.close()
-        assert not any(thread.name.startswith("fuyou") for thread in threading.enumerate())
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fuyou")]
         assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
         run.close()
         with pytest.raises(fuyou.StateError, match="could not give the weights back"):

@@ -130,6 +130,11 @@ class Tiers:
         self._committed_bytes += arena.nbytes
         return arena
 
+    @property
+    def lease_count(self) -> int:
+        """Of host memory that is not given back yet."""
+        return sum(arena.lease_count for arena in (self.arena, self.resident))
+
     def buffers(self, nbytes: int, count: int) -> Buffers:
         """Staging of one thread's own."""
         return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s)

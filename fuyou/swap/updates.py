@@ -14,6 +14,7 @@ needs them: the earliest deadline first, never idle while there is something to 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import heapq
 import itertools
@@ -82,7 +83,7 @@ class Updates:
         self._committed: Ticket = DONE  # the last step whose updates are all on their way
         self._through: deque[Ticket] = deque()
         self._writes: deque[Ticket] = deque()
-        self._closing = False
+        self._closing = self._given_up = False
         self._threads: list[threading.Thread] = []
         self.step = 0  # steps asked for
         self.counts = dict.fromkeys(("guessed", "accepted", "dropped", "deferred"), 0)
@@ -198,8 +199,17 @@ class Updates:
             gradient.release()
         return True
 
+    def give_up(self) -> None:
+        """After a failure: whoever reads gets what there is, and what is left in the queue is not made."""
+        self._given_up = True
+        self._stop()
+
     def close(self) -> None:
-        """Ends the threads; what is left in the queue is not made. DeadlineError where an operation does not end."""
+        """What is left in the queue is not made. DeadlineError where an operation does not end: call it again then."""
+        self._stop()
+        self._buffers.close()
+
+    def _stop(self) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -212,7 +222,6 @@ class Updates:
             self._release(update)
         self._updates.clear()
         self._read.clear()
-        self._buffers.close()
 
     # Under the lock --------------------------------------------------------------------------------------------------
 
@@ -316,7 +325,7 @@ class Updates:
         )
 
     def _raise_failure(self) -> None:
-        if self.failure is not None:
+        if self.failure is not None and not self._given_up:
             raise self.failure
 
     # The two threads -------------------------------------------------------------------------------------------------
@@ -423,25 +432,37 @@ class Updates:
                 update = self._read[0]
             try:
                 AllOf((update.loaded, update.ready)).wait()
-                failure = None
+                with self._changed:
+                    self._take_read()
+                    if update.rejected:
+                        self._release(update)
+                        continue
+                    update.phase, firm = Phase.COMPUTING, update.firm
+                self._compute(update, firm)
             except Exception as error:
-                failure = error
-            with self._changed:
-                self._read.popleft()
-                self._changed.notify_all()
-                if update.rejected:
-                    self._release(update)
-                    continue
-                if failure is not None and update.firm:
-                    self._release(update)
-                    raise failure
-                if (
-                    failure is not None
-                ):  # it will be said by the update that step() asks for, if it is one of the drive's
-                    self._drop(update)
-                    continue
-                update.phase, firm = Phase.COMPUTING, update.firm
-            self._compute(update, firm)
+                self._failed(update, error)
+            while self._writes and self._writes[0].done():
+                self._writes.popleft().wait()  # raises what the drive said
+
+    def _take_read(self) -> None:
+        self._read.popleft()
+        self._changed.notify_all()
+
+    def _failed(self, update: Update, error: Exception) -> None:
+        """Without its update a step is torn. A guess is dropped: what is wrong will be said when the step wants it."""
+        with self._changed:
+            if update.phase is Phase.READING:
+                self._take_read()
+            if update.firm:
+                self._release(update)
+                raise error
+            for each in update.chunk.rewritten:
+                with contextlib.suppress(StateError):  # it had not come so far
+                    each.drop()
+            if not update.rejected:
+                self._drop(update)
+            self._release(update)
+            self._changed.notify_all()
 
     def _compute(self, update: Update, firm: bool) -> None:
         chunk, staging = update.chunk, update.staging
@@ -475,9 +496,6 @@ class Updates:
                 if update.gradient is not None:
                     update.gradient.release()
                 update.gradient = update.staging = None
-        while self._writes and self._writes[0].done():
-            self._writes.popleft().wait()  # raises what the drive said
-
     def _delay(self) -> None:
         if self._races is not None:
             self._races.delay()
