@@ -107,7 +107,7 @@ class Run:
             homes = Homes(planned.plan, planned.numbers, self._tiers.store)
             self._tiers.open_store()
             for index, (unit, named) in enumerate(planned.packed):
-                unit.pack(named)
+                unit.pack(named, self._tiers.races)
                 homes.give(index, unit, self._arena)
             self._make_movers(planned.plan, config, planned.blocks)
             self._fill(passed)
