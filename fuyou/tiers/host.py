@@ -166,12 +166,8 @@ class Arena:
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
         self._map.madvise(mmap.MADV_DONTNEED)  # a view that outlives us reads zeros, and costs nothing
-        mapping, self._map = self._map, None
+        self._map = None  # and no close(): torch's views keep the mapping object alive, but would not keep it mapped
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        try:
-            mapping.close()
-        except BufferError:  # a lease's view is still referenced: unmapped when the last one goes
-            pass
 
     def _take(self, nbytes: int, category: str) -> Lease | None:
         size = align_up(nbytes, PAGE_BYTES)

@@ -21,7 +21,7 @@ LOOK_S = 60.0  # a wait for the inner engine is begun anew after this: its end i
 
 
 class _Op(Request):
-    """One operation: its ticket, and the earlier ones that the inner engine must have been given before it."""
+    """One operation: its ticket, and the earlier ones that it must follow, both in beginning and in ending."""
 
     __slots__ = ("address", "begun", "ended", "file", "predecessors", "ticket")
 
@@ -39,9 +39,9 @@ class LateEngine(Engine):
     """Delays the start and the end of each operation of `inner`, which it owns, by what `races` draws.
 
     Files are opened through this engine. A thread takes an operation, is late, gives it to `inner`, waits for it, is late
-    again, and settles the ticket. Operations that must keep their order reach `inner` in it, and `inner` keeps it. They
-    are taken in the order of submission, so a thread only ever waits for an operation that another thread has: there is
-    no deadlock, however few threads there are.
+    again, and settles the ticket. Operations that must keep their order reach `inner` in it, which keeps it, and their
+    tickets are done in it too. They are taken in the order of submission, so a thread only ever waits for an operation
+    that another thread has: there is no deadlock, however few threads there are.
     """
 
     def __init__(self, inner: Engine, races: Races) -> None:
@@ -111,6 +111,9 @@ class LateEngine(Engine):
             number, op = taken
             failure = self._run(op)
             self._races.delay()
+            for earlier in op.predecessors:  # who sees a flush done takes the writes before it for done
+                earlier.ended.wait()
+            op.predecessors.clear()
             op.ticket.settle(failure)
             with self._changed:
                 del self._active[number]
@@ -127,7 +130,6 @@ class LateEngine(Engine):
                     earlier.begun.wait()
                 inner = self._inner._start(op.kind, op.file, op.offset, op.address, op.nbytes, None)
             finally:
-                op.predecessors.clear()
                 op.begun.set()
             while not self._inner.await_ticket(inner, LOOK_S):
                 pass
