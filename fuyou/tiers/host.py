@@ -142,7 +142,7 @@ class Arena:
         """Called by Lease.release only."""
         with self._changed:
             size = align_up(lease.nbytes, PAGE_BYTES)
-            if self._races is not None and self._map is not None:  # before anybody else can have them
+            if self._races is not None:  # before anybody else can have them; nothing is left of them after `close`
                 self._races.fill(self.bytes[lease.offset : lease.offset + size])
             self._free.append((lease.offset, size))
             self._free.sort()
