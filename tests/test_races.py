@@ -102,6 +102,15 @@ def test_delays_follow_the_seed_and_the_stated_shares():
     assert sum(draws) / len(draws) < 1e-3  # 200 seeds stay affordable
 
 
+def test_a_delay_sleeps_for_what_is_drawn(monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("fuyou.core.races.time.sleep", slept.append)
+    races, same = Races(9), Races(9)
+    for _ in range(200):
+        races.delay()
+    assert slept == [late_s for late_s in (same.late_s() for _ in range(200)) if late_s]
+
+
 def test_threads_draw_each_number_once():
     races, drawn = Races(3), [[] for _ in range(4)]
 
@@ -179,7 +188,8 @@ def test_a_run_delays_its_threads_and_poisons_its_memory(nvme, monkeypatch):
     with wrapped(model, nvme, debug_races=0) as run:
         models.train(model, run.optimizer, None, case, clip=False, steps=range(1))
         assert delayed >= {"fuyou-weights-in", "fuyou-io-late-"}
-        assert {run._tiers.races, run._tiers.link.races} == {run._tiers.races} != {None}
+        tiers = run._tiers
+        assert {tiers.races, tiers.link.races, tiers.inbound._races} == {tiers.races} != {None}
         run.settle()
         lease = run._arena.try_lease(PAGE, "staging")
         assert lease is not None and is_nan(lease.data)  # nobody has put anything there yet
@@ -433,6 +443,7 @@ class TestEngine:
             engine.read(file, PAGE, back.address, PAGE).wait(LONG_S)
             assert back.bytes() == pages(2) and not stuck.done()
             behind = engine.read(file, 0, back.address, PAGE)  # but nothing overtakes what it overlaps
+            engine.write(file, PAGE, second.address, PAGE).wait(LONG_S)  # `behind` has had its turn before this one
             assert not behind.done()
             gate.open()
             behind.wait(LONG_S)

@@ -46,8 +46,11 @@ class Races:
             time.sleep(late_s)
 
     def fill(self, memory: torch.Tensor) -> None:
-        """Poison `memory` ((n,) uint8, any device; on CUDA queued on the current stream): whoever reads it sees NaN."""
-        memory.fill_(POISON)
+        """Poison `memory` ((n,) uint8, any device; on CUDA queued on the current stream): whoever reads it sees NaN.
+
+        Autograd does not count it as a change: a view of a slot that it saved is valid again after the next fetch.
+        """
+        memory.data.fill_(POISON)
 
     def check(self, memory: torch.Tensor, what: str) -> None:
         """StateError where `memory` ((n,) uint8 host bytes, poisoned when they were given back) has been written since."""
