@@ -110,7 +110,7 @@ class Run:
             homes = Homes(planned.plan, planned.numbers, self._tiers.store)
             self._tiers.open_store()
             for index, (unit, named) in enumerate(planned.packed):
-                unit.pack(named)
+                unit.pack(named, self._tiers.races)
                 homes.give(index, unit, self._tiers.resident)
             self._make_movers(planned.plan, config, planned.blocks)
             self._fill(passed)
@@ -247,12 +247,12 @@ class Run:
         self._updates = Updates(
             tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
             handover=self._gradients.handover, commit=self._commit if tiers.durable else None,
-            deadline_s=tiers.deadline_s, in_flight=tiers.in_flight,
+            deadline_s=tiers.deadline_s, in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._gradients.start(self._updates)
         loader = Loader(
             tiers.link, tiers.buffers(plan.inbound_buffer_bytes, plan.staging.inbound),
-            settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight,
+            settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._swapper = Swapper(
             device=tiers.link, ledger=tiers.ledger, loader=loader, writes=tiers.writes, claims=self._updates,

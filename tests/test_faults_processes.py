@@ -193,7 +193,8 @@ def test_a_fork_copies_nothing_of_registered_memory(nvme: Path) -> None:
         def work() -> bool:
             grown.append(psutil.Process().memory_info().rss)
             return (
-                str(run._tiers.arena.address) != "" and f"{run._tiers.arena.address:x}-" not in Path("/proc/self/maps").read_text()
+                str(run._tiers.arena.address) != ""
+                and f"{run._tiers.arena.address:x}-" not in Path("/proc/self/maps").read_text()
             )
 
         before = psutil.virtual_memory().available

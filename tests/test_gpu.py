@@ -8,6 +8,7 @@ that definition is plain training: so that this file is never stale on a machine
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,16 +110,22 @@ def tiny_llama() -> nn.Module:
 
 
 def wrap(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device: str, nvme: Path | None, gpu: str = "1GiB"
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: str,
+    nvme: Path | None,
+    gpu: str = "1GiB",
+    debug_races: int | None = None,
 ) -> fuyou.Run:
     """With a drive: in as little RAM as works, so that nearly everything lies on the drive. Without: all in RAM."""
+    config = fuyou.Config(debug_races=debug_races)
     if nvme is None:
-        return fuyou.wrap(model, optimizer, ram="256MiB", gpu=gpu, device=device)
+        return fuyou.wrap(model, optimizer, ram="256MiB", gpu=gpu, device=device, config=config)
     with pytest.raises(fuyou.BudgetError) as refused:
         fuyou.wrap(model, optimizer, nvme=nvme, ram=1, gpu=gpu, device=device)
     ram = refused.value.needed_bytes
     assert refused.value.tier == "host"
-    return fuyou.wrap(model, optimizer, nvme=nvme, ram=ram, gpu=gpu, device=device)
+    return fuyou.wrap(model, optimizer, nvme=nvme, ram=ram, gpu=gpu, device=device, config=config)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"own gpt": own_gpt, "llama": tiny_llama}
@@ -167,13 +174,17 @@ def plain_training(
     return losses, copies, {name: master.detach() for name, master in masters.items()}
 
 
-@pytest.mark.parametrize("tier", ["nvme", "ram"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", MODELS)
+# (family, dtype, tier, seed of the debug switch for races)
+WAYS = [*itertools.product(MODELS, ("float32", "bfloat16"), ("nvme", "ram"), (None,))]
+WAYS += [("own gpt", dtype, tier, seed) for seed, (_, dtype, tier, _) in enumerate(WAYS[:4])]
+
+
+@pytest.mark.parametrize(("family", "dtype_name", "tier", "debug_races"), WAYS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_is_bit_equal_to_its_definition(
-    device: str, family: str, dtype: torch.dtype, tier: str, nvme: Path
+    device: str, family: str, dtype_name: str, tier: str, debug_races: int | None, nvme: Path
 ) -> None:
+    dtype = getattr(torch, dtype_name)
     torch.manual_seed(0)
     reference = MODELS[family]()
     torch.manual_seed(0)
@@ -187,7 +198,7 @@ def test_training_is_bit_equal_to_its_definition(
     optimizer = torch.optim.AdamW(two_groups(trained), lr=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     got = []
-    with wrap(model, optimizer, device, nvme if tier == "nvme" else None) as run:
+    with wrap(model, optimizer, device, nvme if tier == "nvme" else None, debug_races=debug_races) as run:
         data = iter(batches(device))
         for _ in range(STEPS):
             for _ in range(ACCUMULATION):

@@ -25,8 +25,9 @@ from pathlib import Path
 import pytest
 
 from fuyou.core.errors import ConfigError, DeadlineError, StateError, StorageIOError
+from fuyou.core.races import Races
 from fuyou.core.ticket import Ticket
-from fuyou.tiers.io import Engine, File, open_engine
+from fuyou.tiers.io import Engine, File, LateEngine, open_engine
 from fuyou.tiers.io.tuning import Tuning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -70,9 +71,11 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[False, True], ids=["usual", "small-pieces"])
+@pytest.fixture(params=["usual", "small-pieces", "late"])
 def engine(kind: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    engine = open_or_skip(kind, small=request.param)
+    engine = open_or_skip(kind, small=request.param == "small-pieces")
+    if request.param == "late":
+        engine = LateEngine(engine, Races(0))
     yield engine
     engine.close()
 

@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "verify_reads": False,
     "deadline_s": DEADLINE_S,
     "adam_threads": None,
+    "debug_races": None,
 }
 
 
@@ -54,6 +55,10 @@ class Config:
     names the operations in flight.
     adam_threads: threads of the AdamW update, at least 1; None takes one for each physical core but those left for I/O
         and Python (one from 4 cores on, two from 16 on).
+    debug_races: None, or a seed, at least 0, to find operations that nobody waits for: released device slots and host memory
+        are filled with NaN, what is written there afterwards is a StateError, and every asynchronous operation is up to
+        some milliseconds late at random. Results stay the same bits; a step is slower, and on a CPU device released
+        weights keep their memory beyond the gpu budget. The seed varies the order of events, it does not replay one.
 
     ConfigError names an unknown option's nearest match, an impossible value, and in one sentence what is not built yet.
     """
@@ -70,6 +75,7 @@ class Config:
     verify_reads: bool
     deadline_s: float
     adam_threads: int | None
+    debug_races: int | None
 
     def __init__(self, **options: Any) -> None:
         for name in options:
@@ -120,6 +126,10 @@ def _checked(name: str, value: Any) -> Any:
             raise ConfigError(
                 f"adam_threads={value!r} must be a whole number of threads, at least 1, or None to choose."
             )
+        return value
+    if name == "debug_races":
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(f"debug_races={value!r} must be a seed, a whole number from 0 on, or None for off.")
         return value
     if name == "deadline_s":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):

@@ -11,6 +11,7 @@ import torch
 from fuyou.core.config import Config
 from fuyou.core.errors import BudgetError, DeadlineError
 from fuyou.core.ledger import Ledger
+from fuyou.core.races import Races
 from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
 from fuyou.runtime.measure import trim_heap
@@ -20,7 +21,7 @@ from fuyou.swap.ranges import WriteBehind
 from fuyou.tiers.device import Device
 from fuyou.tiers.folders import Rooms, memory_folders, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
-from fuyou.tiers.io import Engine, open_for_drive
+from fuyou.tiers.io import Engine, LateEngine, open_for_drive
 from fuyou.tiers.store import Extent, Store
 
 
@@ -28,6 +29,7 @@ class Tiers:
     """Ledger, store with an I/O engine a drive, host arenas, device link and Adam kernels of one run.
 
     `notes` says in words where something runs in its second-best way. `open_store` comes after the extents are placed.
+    `races`: what delays and poisons all of them, None unless Config(debug_races) asks for it.
     """
 
     def __init__(
@@ -41,6 +43,9 @@ class Tiers:
         config: Config,
     ) -> None:
         self.notes: list[str] = []
+        self.races = None if config.debug_races is None else Races(config.debug_races)
+        if self.races is not None:
+            self._note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
         self._ram_bytes = ram_bytes
         self._pin = device.type == "cuda"
         self.deadline_s = config.deadline_s
@@ -70,7 +75,7 @@ class Tiers:
                 self._closers.append(self.store.close)
                 self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
-            self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s)
+            self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s, races=self.races)
             self._closers.append(self.link.close)
             undo.pop_all()
 
@@ -87,6 +92,9 @@ class Tiers:
                 config.io, folder, share_bytes, self.arena.address, self.arena.nbytes, deadline_s=config.deadline_s
             )
             self._note(engine.note)
+            if self.races is not None:
+                self.races.fill(self.arena.bytes)  # the drive may have been measured in it
+                engine = LateEngine(engine, self.races)
             return engine, engine.tuning.mixed_bytes_per_s if engine.tuning else 0.0
 
         store.start(open_drive)
@@ -123,10 +131,11 @@ class Tiers:
         )  # fmt: skip
 
     def _open_arena(self, nbytes: int) -> Arena:
-        arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self.deadline_s)
+        arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self.deadline_s, races=self.races)
         self._arenas.append(arena)
         self._note(arena.note)
-        arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
+        if self.races is None:
+            arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
         self._committed_bytes += arena.nbytes
         return arena
 
@@ -137,7 +146,7 @@ class Tiers:
 
     def buffers(self, nbytes: int, count: int) -> Buffers:
         """Staging of one thread's own."""
-        return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s)
+        return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s, races=self.races)
 
     def in_flight(self) -> list[str]:
         """One line for each operation of the drives that has not ended."""

@@ -7,6 +7,7 @@ import time
 from collections import deque
 
 from fuyou.core.errors import DeadlineError
+from fuyou.core.races import Races
 from fuyou.core.ticket import Ticket
 from fuyou.tiers.host import Arena, Lease
 
@@ -17,8 +18,9 @@ class Buffers:
     A buffer that was put back with operations still moving its bytes is handed out again when they have ended.
     """
 
-    def __init__(self, arena: Arena, nbytes: int, count: int, *, deadline_s: float) -> None:
+    def __init__(self, arena: Arena, nbytes: int, count: int, *, deadline_s: float, races: Races | None = None) -> None:
         self._deadline_s = deadline_s
+        self._races = races
         self._changed = threading.Condition()
         self._free = [arena.lease(nbytes, "staging") for _ in range(count)] if nbytes else []
         self._busy: deque[tuple[Lease, list[Ticket]]] = deque()  # in the order in which they came back
@@ -59,7 +61,10 @@ class Buffers:
 
     def _reap(self) -> None:
         while self._busy and all(ticket.done() for ticket in self._busy[0][1]):
-            self._free.append(self._busy.popleft()[0])
+            lease, _ = self._busy.popleft()
+            if self._races is not None:
+                self._races.fill(lease.data)
+            self._free.append(lease)
 
 
 def _ended(moves: list[Ticket], until: float) -> None:

@@ -392,7 +392,7 @@ class Gradients:
             opened.staging.release()
             return
         if self._outbound is None:
-            self._outbound = Worker("fuyou-gradients-out", deadline_s=self._device.deadline_s)
+            self._outbound = Worker("fuyou-gradients-out", deadline_s=self._device.deadline_s, races=self._device.races)
         started: list[Ticket] = []
 
         def run() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.races import Races
 from fuyou.core.ticket import DONE, Ticket, list_text
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.unit import Chunk, Unit
@@ -67,7 +67,7 @@ class Loader:
         settle: Callable[[Chunk], None],
         pending: Callable[[Chunk], bool],
         in_flight: Callable[[], list[str]],
-        races: Any = None,
+        races: Races | None = None,
     ) -> None:
         self.deadline_s = device.deadline_s
         self._device = device

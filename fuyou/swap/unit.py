@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fuyou.core.layout import Entry, Layout
+from fuyou.core.races import Races
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.swap.ranges import Range
 from fuyou.tiers.device import DeviceMemory
@@ -111,14 +112,14 @@ class Unit:
         self.arrival: Ticket = DONE  # the job that reads and queues the copies
         self.copied: Ticket = DONE  # the last of those copies
 
-    def pack(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    def pack(self, named: Sequence[tuple[str, nn.Parameter]], races: Races | None = None) -> None:
         """Lay out the parameters and make the (still empty) device storage."""
         self.layout = Layout(self.dtype, [(name, parameter.shape) for name, parameter in named])
         self.members = [
             Member(name, parameter, type(parameter), parameter.device, entry, self, self.optimized)
             for (name, parameter), entry in zip(named, self.layout.entries, strict=True)
         ]
-        self.memory = DeviceMemory(self.layout.nbytes, self.device)
+        self.memory = DeviceMemory(self.layout.nbytes, self.device, races)
         self.flat = self.memory.tensor.view(self.dtype)
         self.views = self.layout.views(self.flat)
         self.placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.device)

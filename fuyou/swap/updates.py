@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.races import Races
 from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.optimizer_state import apply_update, load_written
@@ -64,7 +65,7 @@ class Updates:
         commit: Callable[[int], Ticket] | None,
         deadline_s: float,
         in_flight: Callable[[], list[str]],
-        races: Any = None,
+        races: Races | None = None,
     ) -> None:
         self._kernels = kernels
         self._buffers = buffers
@@ -496,6 +497,7 @@ class Updates:
                 if update.gradient is not None:
                     update.gradient.release()
                 update.gradient = update.staging = None
+
     def _delay(self) -> None:
         if self._races is not None:
             self._races.delay()

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
+from fuyou.core.races import Races
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
 from fuyou.tiers.worker import Worker
 
 THREAD_COPY_BYTES = 128 << 10  # from here on memcpy takes longer than handing it to a thread
+
+SPIN_CYCLES_PER_S = 1e9  # of torch.cuda._sleep; devices run at 1 to 2 GHz, and a delay need not be exact
 
 
 class EventTicket:
@@ -59,10 +62,14 @@ class DeviceMemory:
     `tensor` is a (nbytes,) uint8 view whose storage never changes, so views that autograd saved stay valid names. CUDA:
     the storage is resized; the caching allocator orders its memory by the compute stream. CPU: an address range of its
     own whose pages are dropped; torch's allocator would keep them in the heap, beyond every budget.
+
+    With `races` the bytes are NaN from `take` until something is copied there, and after `give_back`. On a CPU the pages
+    then stay: dropped ones would read as zeros, which look like weights.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, races: Races | None = None) -> None:
         self._nbytes = nbytes
+        self._races = races
         self._map: mmap.mmap | None = None
         if device.type == "cuda":
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -74,16 +81,28 @@ class DeviceMemory:
                 with contextlib.suppress(AttributeError, OSError):
                     self._map.madvise(getattr(mmap, advice))
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+            if races is not None:
+                races.fill(self.tensor)
 
     def take(self) -> None:
         if self._map is None:
             self._storage.resize_(self._nbytes)
+            if self._races is not None:  # on the compute stream, so before the `ready` that copies in wait for
+                self._races.fill(self.tensor)
+        elif self._races is not None:
+            self._races.check(self.tensor, f"a slot of {self._nbytes} bytes on the device")
 
     def give_back(self) -> None:
         """Nothing queued later may read the bytes. CUDA: earlier kernels of the compute stream still may."""
+        if self._races is not None and self.tensor.untyped_storage().nbytes():
+            # CUDA: queued on the compute stream, so behind its kernels that may still read, and ahead of the work of
+            # whoever gets this memory next: the allocator hands it out in that stream's order. The storage is there
+            # until resize_, which only returns the block to the allocator: the queued fill stays valid. A copy on a side
+            # stream that nothing orders ahead of this meets NaN.
+            self._races.fill(self.tensor)
         if self._map is None:
             self._storage.resize_(0)
-        else:
+        elif self._races is None:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -97,11 +116,21 @@ class Device:
 
     CPU: the same calls are memcpy. A copy in is complete on return (the loader's thread makes it); a copy out is made by a
     thread, so that backward goes on meanwhile as it does on CUDA, unless it is too small to be worth it.
+
+    With `races` each copy is late: on CUDA on its stream, behind what it waits for.
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int, *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        budget_bytes: int,
+        *,
+        deadline_s: float = DEADLINE_S,
+        races: Races | None = None,
+    ) -> None:
         self.device = device
         self.deadline_s = deadline_s
+        self.races = races
         self._budget_bytes = budget_bytes
         self.is_cuda = device.type == "cuda"
         self.host_to_device_bytes = 0
@@ -157,6 +186,7 @@ class Device:
         with self._counting:
             self.host_to_device_bytes += nbytes
         if not self.is_cuda:
+            self._late()
             copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
             return DONE
         with torch.cuda.stream(self.h2d_stream):
@@ -165,6 +195,7 @@ class Device:
             for ticket in after:
                 if isinstance(ticket, EventTicket):
                     self.h2d_stream.wait_event(ticket.event)
+            self._late()
             target.copy_(source, non_blocking=True)
             what = f"a copy of {nbytes} bytes from the host to {self.device}"
             return EventTicket(self.h2d_stream.record_event(), source, what, self.deadline_s)
@@ -180,7 +211,7 @@ class Device:
                 copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
                 return DONE
             if self._copier is None:
-                self._copier = Worker("fuyou-copies-out", deadline_s=self.deadline_s)
+                self._copier = Worker("fuyou-copies-out", deadline_s=self.deadline_s, races=self.races)
             return self._copier.submit(  # the job holds both ends
                 lambda: copy_bytes(target.data_ptr(), source.data_ptr(), nbytes),
                 f"a copy of {nbytes} bytes to the host",
@@ -188,11 +219,21 @@ class Device:
         ready = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.d2h_stream):
             self.d2h_stream.wait_event(ready)
+            self._late()
             target.copy_(source, non_blocking=True)
             # The source's memory may be freed by autograd at once: the allocator must not hand it out before this copy.
             source.record_stream(self.d2h_stream)
             what = f"a copy of {nbytes} bytes from {self.device} to the host"
             return EventTicket(self.d2h_stream.record_event(), target, what, self.deadline_s)
+
+    def _late(self) -> None:
+        """With `races`: the copy that comes next is late, on CUDA by a kernel that spins ahead of it on the current stream."""
+        if self.races is None:
+            return
+        if not self.is_cuda:
+            self.races.delay()
+        elif cycles := int(self.races.late_s() * SPIN_CYCLES_PER_S):
+            torch.cuda._sleep(cycles)
 
     def join(self, ticket: Ticket) -> None:
         """What is computed from now on comes behind a copy. CUDA: the compute stream waits, the host does not."""

@@ -13,6 +13,7 @@ import torch
 
 from fuyou.core.errors import BudgetError, DeadlineError, StateError
 from fuyou.core.ledger import Ledger
+from fuyou.core.races import Races
 from fuyou.core.sizes import align_up, format_bytes
 from fuyou.core.ticket import DEADLINE_S, Ticket
 
@@ -59,9 +60,19 @@ class Arena:
     lies on huge pages where the kernel gives them: a drive then gets few large segments instead of many small ones
     (scripts/bench_io.py shows what that is worth).
     With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
+    With `races` what is not leased is poisoned: a view that outlives its lease, or a lease read before anything was put
+    there, shows NaN, and what is written to bytes that nobody holds is a StateError of whoever leases them next.
     """
 
-    def __init__(self, nbytes: int, ledger: Ledger, *, pin: bool = False, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        ledger: Ledger,
+        *,
+        pin: bool = False,
+        deadline_s: float = DEADLINE_S,
+        races: Races | None = None,
+    ) -> None:
         self.nbytes = align_up(max(nbytes, PAGE_BYTES), PAGE_BYTES)
         self.note = ""
         self.pinned = False
@@ -72,11 +83,14 @@ class Arena:
         self._late: list[tuple[tuple[Ticket, ...], Lease]] = []  # released, but operations move their bytes
         self._held: Counter[str] = Counter()  # bytes by category, for a message
         self._deadline_s = deadline_s
+        self._races = races
         self._map: mmap.mmap | None = _map(self.nbytes)
         self.bytes = _huge(self._map, self.nbytes)
         self.address = self.bytes.data_ptr()
         if pin:
             self._pin()
+        if races is not None:
+            races.fill(self.bytes)
 
     @property
     def lease_count(self) -> int:
@@ -128,6 +142,8 @@ class Arena:
         """Called by Lease.release only."""
         with self._changed:
             size = align_up(lease.nbytes, PAGE_BYTES)
+            if self._races is not None:  # before anybody else can have them; nothing is left of them after `close`
+                self._races.fill(self.bytes[lease.offset : lease.offset + size])
             self._free.append((lease.offset, size))
             self._free.sort()
             merged: list[tuple[int, int]] = []
@@ -150,17 +166,16 @@ class Arena:
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
         self._map.madvise(mmap.MADV_DONTNEED)  # a view that outlives us reads zeros, and costs nothing
-        mapping, self._map = self._map, None
+        self._map = None  # and no close(): torch's views keep the mapping object alive, but would not keep it mapped
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        try:
-            mapping.close()
-        except BufferError:  # a lease's view is still referenced: unmapped when the last one goes
-            pass
 
     def _take(self, nbytes: int, category: str) -> Lease | None:
         size = align_up(nbytes, PAGE_BYTES)
         for index, (offset, free) in enumerate(self._free):
             if free >= size:
+                if self._races is not None:
+                    what = f"host memory for {category} ({nbytes} bytes at offset {offset} of the arena)"
+                    self._races.check(self.bytes[offset : offset + size], what)
                 self._ledger.charge("host", category, size)
                 self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
                 self._leases += 1

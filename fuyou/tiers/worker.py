@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.races import Races
 from fuyou.core.ticket import DEADLINE_S, list_text
 
 
@@ -55,13 +56,19 @@ class Worker:
     """A daemon thread, so that an interpreter that dies does not hang on it; `close` runs what was given and joins.
 
     `deadline_s` is that of its jobs' waits and of `close`; `in_flight` names operations that a job may be waiting for, for
-    the message of a DeadlineError.
+    the message of a DeadlineError. With `races` each job begins late.
     """
 
     def __init__(
-        self, name: str, *, deadline_s: float = DEADLINE_S, in_flight: Callable[[], list[str]] | None = None
+        self,
+        name: str,
+        *,
+        deadline_s: float = DEADLINE_S,
+        in_flight: Callable[[], list[str]] | None = None,
+        races: Races | None = None,
     ) -> None:
         self.deadline_s = deadline_s
+        self._races = races
         self._in_flight = in_flight
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards _given
@@ -110,5 +117,7 @@ class Worker:
 
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if self._races is not None:
+                self._races.delay()
             job.execute()
             del job  # the last job's closure must not live until the next one comes

@@ -19,7 +19,7 @@ from typing import Any
 import aiofiles
 
 from fuyou.core.errors import StateError
-from fuyou.tiers.io.engine import Engine, Failure, IoTicket, Kind
+from fuyou.tiers.io.engine import Engine, Failure, IoTicket, Kind, Request
 from fuyou.tiers.io.files import File
 
 THREAD_COUNT = 4
@@ -27,30 +27,19 @@ CHUNK_BYTES = 8 << 20  # aiofiles costs two hops between threads a call: large c
 MOST_STALLS = 1000
 
 
-class _Op:
+class _Op(Request):
     """One operation: its ticket, its range, and the futures of the operations that it waits for."""
 
-    __slots__ = ("address", "ended", "file", "future", "kind", "nbytes", "offset", "predecessors", "ticket")
+    __slots__ = ("address", "ended", "file", "future", "predecessors", "ticket")
 
     def __init__(self, kind: Kind, file: _OpenFile, offset: int, address: int, nbytes: int, ticket: IoTicket) -> None:
-        self.kind = kind
+        super().__init__(kind, offset, nbytes)
         self.file = file
-        self.offset = offset
         self.address = address
-        self.nbytes = nbytes
         self.ticket = ticket
         self.predecessors: list[asyncio.Future[None]] = []
         self.ended = threading.Event()  # for waiters in other threads
         self.future: asyncio.Future[None]  # for successors, in the loop's thread
-
-    def must_follow(self, earlier: _Op) -> bool:
-        if earlier.kind == "flush":
-            return False
-        if self.kind == "flush":
-            return earlier.kind == "write"
-        if self.kind == earlier.kind == "read":
-            return False
-        return self.offset < earlier.offset + earlier.nbytes and earlier.offset < self.offset + self.nbytes
 
 
 class _OpenFile:

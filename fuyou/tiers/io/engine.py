@@ -20,6 +20,26 @@ Failure = tuple[int, str]  # errno, text
 _unfinished: set[Engine] = set()  # closed in vain: a drive may still read or write their operations' memory
 
 
+class Request:
+    """What an operation asks for, and which earlier ones of its file it must not overtake."""
+
+    __slots__ = ("kind", "nbytes", "offset")
+
+    def __init__(self, kind: Kind, offset: int, nbytes: int) -> None:
+        self.kind = kind
+        self.offset = offset
+        self.nbytes = nbytes
+
+    def must_follow(self, earlier: Request) -> bool:
+        if earlier.kind == "flush":
+            return False
+        if self.kind == "flush":
+            return earlier.kind == "write"
+        if self.kind == earlier.kind == "read":
+            return False
+        return self.offset < earlier.offset + earlier.nbytes and earlier.offset < self.offset + self.nbytes
+
+
 class IoTicket:
     """One operation of an engine. The engine holds it, and it holds `keep`, until the operation has ended."""
 
