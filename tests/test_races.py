@@ -189,7 +189,9 @@ def test_a_run_delays_its_threads_and_poisons_its_memory(nvme, monkeypatch):
         models.train(model, run.optimizer, None, case, clip=False, steps=range(1))
         assert delayed >= {"fuyou-weights-in", "fuyou-io-late-"}
         tiers = run._tiers
-        assert {tiers.races, tiers.link.races, run._swapper._loader._races, run._updates._races} == {tiers.races} != {None}
+        assert (
+            {tiers.races, tiers.link.races, run._swapper._loader._races, run._updates._races} == {tiers.races} != {None}
+        )
         run.settle()
         lease = run._tiers.arena.try_lease(PAGE, "staging")
         assert lease is not None and is_nan(lease.data)  # nobody has put anything there yet

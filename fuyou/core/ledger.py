@@ -30,12 +30,13 @@ class Ledger:
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)
         self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
-        self.relieve: Callable[[], None] = lambda: None  # called before the device's budget refuses: may discharge
+        # Called before the device's budget refuses, until it fits: discharges something, or returns False.
+        self.relieve: Callable[[], bool] = lambda: False
 
     def charge(self, tier: str, category: str, nbytes: int, what: str = "") -> None:
         """Book `nbytes`, or raise BudgetError with the tier, the bytes needed and given, and who asked."""
-        if tier == "device" and not self._fits(tier, category, nbytes):
-            self.relieve()
+        while tier == "device" and not self._fits(tier, category, nbytes) and self.relieve():
+            pass
         with self._lock:
             needed = self._total(tier, category, nbytes)
             if needed > self.budgets[tier]:
@@ -75,6 +76,9 @@ class Ledger:
         """With `refuse`, BudgetError where the tier's total passes its budget with it."""
         with self._lock:
             self._reserve[tier] = nbytes
+        while refuse and not self._fits(tier, "activations", 0) and self.relieve():
+            pass
+        with self._lock:
             needed = self._total(tier)
             self._note_peak(tier)
             if refuse and needed > self.budgets[tier]:

@@ -236,17 +236,20 @@ class Away:
         self._loans.append(_Loan(member, value, (0, 0), raw=False))
         return self._loans[-1]
 
-    def _relieve(self) -> None:
-        """The device is short: end loans that only wait for Python's garbage collector, as the half of a `state_dict()`
-        that was refused does where a frame of the caller refers to itself."""
+    def _relieve(self) -> bool:
+        """The device is short: weights that nobody uses go, then loans that only wait for Python's garbage collector, as the
+        half of a `state_dict()` that was refused does where a frame of the caller refers to itself."""
+        if self._swapper.drop_idle():
+            return True
         if not self._loans:
-            return
+            return False
         gc.collect()
         kept = [loan for loan in self._loans if loan.referred_to or loan.changed]
         ended = [loan for loan in self._loans if loan not in kept]
         self._loans = kept
         for loan in ended:
             self._discharge(loan)
+        return bool(ended)
 
     def _refusal(self, member: Member, nbytes: int, error: BudgetError) -> BudgetError:
         lent = sum(loan.nbytes for loan in self._loans)

@@ -45,10 +45,15 @@ class Range:
 
     @property
     def can_guess(self) -> bool:
-        """New bytes can be written beside those of now, and be dropped again. What was never written has none of now."""
+        """It has a place for new bytes beside those of now. What was never written has none of now."""
         if isinstance(self.home, Lease):
             return self.written and self.spare is not None
-        return self.written and self.home.can_write_ahead
+        return self.written and len(self.home.slots) > 1
+
+    @property
+    def can_write_ahead(self) -> bool:
+        """That place is free: no commit names it."""
+        return isinstance(self.home, Lease) or self.home.can_write_ahead
 
     def free_after(self) -> Ticket:
         """What must be done before it may be written: a commit that names the place."""

@@ -114,6 +114,13 @@ class Updates:
             update = self._updates.get(chunk)
             if update is not None and update.firm:
                 self.settle(chunk)
+        try:
+            self._request(wanted, record)
+        except BaseException as error:  # an interrupt too: some of the updates were asked for, and others not
+            self._fail(error)
+            raise
+
+    def _request(self, wanted: dict[Chunk, dict[Member, MemberUpdate]], record: dict[str, Any]) -> None:
         missing = []
         with self._changed:
             self.step += 1
@@ -136,9 +143,7 @@ class Updates:
 
     def settle(self, chunk: Chunk | None = None) -> None:
         """Return when the bytes of `chunk` (None: of all) are those after every step that was asked for."""
-        if (
-            chunk is not None and chunk not in self._updates
-        ):  # the common case costs no lock; entries come by this thread
+        if chunk is not None and chunk not in self._updates:  # only the training thread puts some there
             self._raise_failure()
             return
         with self._changed:
@@ -227,7 +232,7 @@ class Updates:
     # Under the lock --------------------------------------------------------------------------------------------------
 
     def _put(self, update: Update) -> None:
-        if not self._threads:  # a run that is never trained has none
+        if len(self._threads) < 2:  # a run that is never trained has none
             self._start()
         self._updates[update.chunk] = update
         if update.gradient is not None:
@@ -332,9 +337,15 @@ class Updates:
     # The two threads -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        for run, name in ((self._read_all, "fuyou-updates-read"), (self._compute_all, "fuyou-updates")):
+        work = ((self._read_all, "fuyou-updates-read"), (self._compute_all, "fuyou-updates"))
+        for run, name in work[len(self._threads) :]:
             thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise StateError(
+                    f"No thread is to be had for {name} ({error}): raise the limit of `ulimit -u`."
+                ) from error
             self._threads.append(thread)
 
     def _guarded(self, run: Callable[[], None]) -> None:
@@ -387,7 +398,9 @@ class Updates:
         with self._changed:
             if self._first() and self._queue[0][2] is Kind.UPDATE:
                 update = self._queue[0][5]
-                if update.needs_buffer == (buffer is not None):
+                if not (update.firm or all(each.can_write_ahead for each in update.chunk.rewritten)):
+                    self._drop(update)  # what the user wrote is in the place that a guess would need
+                elif update.needs_buffer == (buffer is not None):
                     heapq.heappop(self._queue)
                     update.phase = Phase.READING
                     self._holding.pop(update, None)

@@ -135,7 +135,7 @@ class Swapper:
     def drop_idle(self) -> bool:
         """Give back the device memory of one unit that nobody uses, for something other than weights; False: none can go."""
         with self._lock:
-            victim = self._victim(needed=False)
+            victim = self._victim(needed=True)
             if victim is not None:
                 self._drop(victim)
             return victim is not None
