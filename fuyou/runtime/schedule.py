@@ -277,6 +277,7 @@ class Schedule:
 
     def step(self, updates: dict[Member, MemberUpdate]) -> None:
         """Update the members given, chunk by chunk in the order in which the next forward needs them."""
+        self._gradients.end_backward()  # what was changed since is on its way home
         wanted: dict[Chunk, dict[Member, MemberUpdate]] = {}
         for unit in sorted(self._units, key=lambda unit: unit.place):
             if any(member in updates for member in unit.members):

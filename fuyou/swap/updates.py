@@ -130,8 +130,8 @@ class Updates:
                 if not update.firm and chunk not in wanted:
                     self._drop(update)
             for chunk, its in wanted.items():
-                update = self._updates.get(chunk)
-                if update is None or not self._make_firm(update, its):
+                guess = self._updates.get(chunk)
+                if guess is None or not self._make_firm(guess, its):
                     missing.append(chunk)
             self._end_step_if_over(self.step)
         for chunk in missing:
