@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from fuyou.train.documents import read_documents, split
+from fuyou.train.loss import DeferredHead
 
 
 def make_inputs(folder: Path) -> Path:
@@ -94,15 +96,19 @@ SETTINGS = {
 
 
 class Plain:
-    """The same job in plain PyTorch, with its own tokenising, labels, rows and loop."""
+    """The same job in plain PyTorch, with its own tokenising, labels, rows and loop.
 
-    def __init__(self, inputs: Path, precision: str, max_grad_norm: float) -> None:
+    loss: "model", the model's own, or "chunked", by fuyou's function (test_loss.py compares the two).
+    """
+
+    def __init__(self, inputs: Path, precision: str, max_grad_norm: float, loss: str) -> None:
         import transformers
 
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         self.max_grad_norm = max_grad_norm
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "m")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "m", dtype=self.dtype).train()
+        self.head = DeferredHead(self.model, pytest.fail) if loss == "chunked" else None
         documents = read_documents([str(inputs / "d.jsonl"), str(inputs / "d.txt")])
         training, held_out = split(documents, 0.1, 5)
         self.training, self.held_out = self.rows(training), self.rows(held_out)
@@ -121,7 +127,8 @@ class Plain:
         return tokens[learns], labels[learns]
 
     def loss(self, rows, some) -> torch.Tensor:
-        return self.model(input_ids=rows[0][some], labels=rows[1][some]).loss
+        with self.head.deferring() if self.head is not None else contextlib.nullcontext():
+            return self.model(input_ids=rows[0][some], labels=rows[1][some]).loss
 
     def evaluate(self) -> float:
         self.model.eval()

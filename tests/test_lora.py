@@ -73,7 +73,7 @@ def test_a_job_equals_a_plain_loop_with_peft(inputs, tmp_path, capsys, precision
     captured = capsys.readouterr()
     assert status == 0, captured.err
 
-    plain = jobs.Plain(inputs, precision, 0.5)
+    plain = jobs.Plain(inputs, precision, 0.5, "chunked")
     torch.manual_seed(5)
     plain.model = peft.get_peft_model(
         plain.model,

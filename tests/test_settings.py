@@ -127,6 +127,7 @@ def test_steps_take_whole_batches_on_and_on(tmp_path):
         ("steps.x=1", "unknown key 'steps.x'"),
         ("packing=sometimes", "true, false or stream"),
         ("nonfinite=ignore", "'stop' or 'skip'"),
+        ("loss=whole", "'chunked' or 'model'"),
         ("steps", "not key=value"),
         ("=3", "not key=value"),
         ("betas=[0.9", "does not parse"),

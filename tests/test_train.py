@@ -45,15 +45,18 @@ def job(inputs: Path, folder: Path, **settings: object) -> list[str]:
     return ["train", str(jobs.write_job(inputs, folder, **{**jobs.SETTINGS, **settings}))]
 
 
-@pytest.mark.parametrize(("precision", "max_grad_norm"), [("fp32", 0.5), ("fp32", 0), ("bf16", 0.5)])
-def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm):
+@pytest.mark.parametrize(
+    ("precision", "max_grad_norm", "loss"),
+    [("fp32", 0.5, "chunked"), ("fp32", 0, "model"), ("bf16", 0.5, "chunked"), ("bf16", 0.5, "model")],
+)
+def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm, loss):
     import transformers
 
-    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "ram": "512KiB"}  # so that NVMe is in use
+    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "loss": loss, "ram": "512KiB"}  # NVMe is in use
     status = main(job(inputs, tmp_path, **settings))
     captured = capsys.readouterr()
     assert status == 0, captured.err
-    plain = jobs.Plain(inputs, precision, max_grad_norm)
+    plain = jobs.Plain(inputs, precision, max_grad_norm, loss)
     steps, evaluations = plain.train()
 
     found_steps, found_evaluations = metrics_of(tmp_path)
@@ -83,7 +86,8 @@ def test_a_last_step_of_fewer_rows_equals_a_plain_loop(inputs, tmp_path, capsys)
 
     texts = [f"Document {number} says {'again ' * number}and ends." for number in range(7)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"data": str(tmp_path / "d.jsonl"), "packing": False, "steps": None, "epochs": 1.28, "warmup_steps": 0}
+    settings = {"data": str(tmp_path / "d.jsonl"), "packing": False, "steps": None, "epochs": 1.28, "loss": "model"}
+    settings["warmup_steps"] = 0
     status = main(job(inputs, tmp_path, **settings, eval_share=0, eval_every=None, schedule="constant"))
     assert status == 0, capsys.readouterr().err
 
@@ -163,6 +167,7 @@ def test_skipped_updates_equal_a_plain_loop_that_skips(inputs, tmp_path, capsys,
 
     model, data, order = poisoned(inputs, tmp_path)
     settings = {**POISONED, "model": str(model), "data": str(data), "max_grad_norm": max_grad_norm, "weight_decay": 0}
+    settings["loss"] = "model"
     assert main(job(inputs, tmp_path, **settings, nonfinite="skip", schedule="linear")) == 0
     captured = capsys.readouterr()
     skipped_steps = [step for step in range(8) if 7 in order[2 * step : 2 * step + 2]]
@@ -252,6 +257,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(inputs, tmp_path,
     trained = base if lora is None else 2 * 2 * 4 * 64  # q_proj of two layers: A and B, 4 x 64 each
     count = base + (0 if lora is None else trained)
     assert said["parameters"].startswith(f"{count:,}, of which {trained:,} (")
+    assert said["loss"] == "from the last hidden states, logits in tiles"
     assert said["steps"].startswith("5 of 2 x 2 rows") and "nothing was trained" in said["dry"]
 
     assert main(arguments) == 0

@@ -104,6 +104,7 @@ class TrainConfig(BaseModel):
     accumulation: Annotated[Integer, Field(ge=1)] = 1  # backwards a step
     sequence_length: Annotated[Integer, Field(ge=2)] = 512
     packing: Annotated[bool | Literal["stream"], BeforeValidator(_packing)] = True
+    loss: Literal["chunked", "model"] = "chunked"  # from the last hidden states in tiles; over all logits at once
     lora: LoraSettings | None = None  # null: all parameters are trained
 
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-5

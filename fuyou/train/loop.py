@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from fuyou.core.errors import ConfigError, DivergedError
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
-from fuyou.train.output import Metrics
+from fuyou.train.loss import DeferredHead
+from fuyou.train.output import Metrics, say
 from fuyou.train.schedule import learning_rate_factor
 
 SKIPS_IN_A_ROW = 10  # updates left out one after another, under `nonfinite: skip`, before a run is given up
@@ -66,13 +68,14 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
     """
     steps = step_count(config, len(training))
     scheduler = LambdaLR(run.optimizer, learning_rate_factor(config.schedule, config.warmup_steps, steps))
+    head = DeferredHead(run.model, say) if config.loss == "chunked" else None
     losses: dict[int, float] = {}
     skipped = in_a_row = 0
 
     def evaluate(step: int) -> None:
         if held_out is not None and step not in losses:
             started = time.perf_counter()
-            losses[step], tokens = held_out_loss(run, held_out, config.batch_size)
+            losses[step], tokens = held_out_loss(run, held_out, config.batch_size, head)
             seconds = time.perf_counter() - started
             metrics.write_evaluation(
                 step=step, eval_loss=_number(losses[step]), tokens=tokens, seconds=round(seconds, 4)
@@ -86,7 +89,7 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             started = time.perf_counter()
             learning_rate = scheduler.get_last_lr()[0]
 
-            loss = _accumulate(run, training, batches, step)
+            loss = _accumulate(run, training, batches, step, head)
             norm = _clip(run, config) if math.isfinite(loss) else None
             problem = _not_finite(step, loss, norm)
             if not problem:
@@ -114,7 +117,7 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
     }  # fmt: skip
 
 
-def held_out_loss(run: Any, rows: Rows, batch_size: int) -> tuple[float, int]:
+def held_out_loss(run: Any, rows: Rows, batch_size: int, head: DeferredHead | None) -> tuple[float, int]:
     """(mean loss a predicted token, how many were predicted), whatever the batch size; the mode is put back after."""
     was_training = run.model.training
     run.model.eval()
@@ -124,18 +127,18 @@ def held_out_loss(run: Any, rows: Rows, batch_size: int) -> tuple[float, int]:
             for start in range(0, len(rows), batch_size):
                 some = range(start, min(start + batch_size, len(rows)))
                 predicted = rows.predicted(some)
-                total += _loss(run, rows.batch(some, run.device)).item() * predicted
+                total += _loss(run, rows.batch(some, run.device), head).item() * predicted
                 count += predicted
     finally:
         run.model.train(was_training)
     return total / count, count
 
 
-def _accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int) -> float:
+def _accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int, head: DeferredHead | None) -> float:
     """Backward over every batch; the mean of their losses. It stops at the first loss that is not finite."""
     total = 0.0
     for some in batches:
-        loss = _loss(run, rows.batch(some, run.device))
+        loss = _loss(run, rows.batch(some, run.device), head)
         value = loss.item()
         if not math.isfinite(value):
             return value
@@ -188,12 +191,11 @@ def _go_on_or_stop(problem: str, nonfinite: str, in_a_row: int, bar: tqdm) -> No
     bar.write(f"{problem}: its update is skipped.", file=sys.stderr)
 
 
-def _loss(run: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The model's own loss on a batch. ConfigError where it returns none."""
-    if takes(run.model, "use_cache"):  # keys and values are of no use to a loss
-        output = run.model(**batch, use_cache=False)
-    else:
-        output = run.model(**batch)
+def _loss(run: Any, batch: dict[str, torch.Tensor], head: DeferredHead | None) -> torch.Tensor:
+    """The model's own loss on a batch, its logits deferred where there is a `head`. ConfigError where it returns none."""
+    options = {"use_cache": False} if takes(run.model, "use_cache") else {}  # keys and values are of no use to a loss
+    with head.deferring() if head is not None else contextlib.nullcontext():
+        output = run.model(**batch, **options)
     loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         shown = "none" if loss is None else f"one of shape {tuple(getattr(loss, 'shape', ()))}"

@@ -18,6 +18,7 @@ from fuyou.tiers.shares import Shares
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.loop import epoch_count, step_count
+from fuyou.train.loss import why_not
 
 
 def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, training: Rows) -> str:
@@ -39,6 +40,7 @@ def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCon
             "steps",
             f"{steps:,} of {config.accumulation} x {config.batch_size} rows: {epoch_count(config, len(training)):.4g} epochs",
         ),
+        ("loss", _loss(model, config)),
         (
             "device",
             f"{planned.device}: {format_bytes(plan.slot_limit_bytes)} for weights, of {format_bytes(planned.gpu_bytes)}",
@@ -54,6 +56,11 @@ def preview(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCon
         *(("note", f"{', '.join(each)} share a file system, its room and its speed") for each in planned.rooms.shared),
     ]
     return "\n".join([*(f"{name:<15}{value}" for name, value in rows), "dry run: nothing was trained or written."])
+
+
+def _loss(model: nn.Module, config: TrainConfig) -> str:
+    reason = "as asked" if config.loss == "model" else why_not(model)
+    return f"over all logits of a batch at once: {reason}" if reason else "from the last hidden states, logits in tiles"
 
 
 def _drives(planned: Planned, io: str) -> list[str]:
