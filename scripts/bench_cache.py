@@ -73,7 +73,7 @@ def measure(durability: str, percent: float, options: argparse.Namespace, gauge:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="on the drive to be used")
-    parser.add_argument("--percents", type=float, nargs="+", default=[10, 20, 40, 60, 80, 100, 120, 150])
+    parser.add_argument("--percents", type=float, nargs="+", default=[10, 20, 40, 60, 80, 100, 120, 160])
     parser.add_argument("--steps", type=int, default=5, help="timed (default 5)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
     parser.add_argument("--blocks", type=int, default=24)

@@ -249,9 +249,14 @@ def has_deepspeed(python: str | None) -> bool:
     """Whether `import deepspeed` works in that interpreter; says so where one was named and it does not."""
     if not python:
         return False
-    done = subprocess.run([python, "-c", "import deepspeed"], capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, "-c", "import deepspeed"], capture_output=True, text=True)
+    except OSError as error:
+        print(f"no comparison with DeepSpeed: {python} cannot be run: {error}")
+        return False
     if done.returncode:
-        print(f"{python} cannot import deepspeed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        why = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        print(f"no comparison with DeepSpeed: {python} cannot import it: {why}")
     return done.returncode == 0
 
 
