@@ -4,7 +4,8 @@
 
 fp32 on DeepSpeed's CPU accelerator, one process: parameters in RAM (offload_param cpu), DeepSpeedCPUAdam with master
 weights and moments on NVMe (offload_optimizer nvme). `--setting` holds what SETTINGS vary. The last line printed is JSON:
-seconds of each timed step, losses, peak resident bytes (VmHWM). Needs DeepSpeed, a C++ compiler and libaio's headers.
+seconds of each timed step, losses, peak resident bytes (VmHWM). Needs DeepSpeed, a C++ compiler and libaio's
+headers; its first run on a machine compiles its operators, which takes minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -31,7 +33,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def engine_config(setting: dict[str, Any], rows: int, folder: str, largest_elements: int) -> dict[str, Any]:
+def engine_config(setting: dict[str, Any], rows: int, folder: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": 1,
@@ -67,9 +69,8 @@ def train(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
     model = Gpt(checkpointed=True, layers=options.layers, max_tokens=options.length)
-    largest = max(parameter.numel() for parameter in model.parameters())
     optimizer = DeepSpeedCPUAdam(model.parameters(), lr=1e-4, weight_decay=0.01, adamw_mode=True)
-    config = engine_config(options.setting, options.rows, folder, largest)
+    config = engine_config(options.setting, options.rows, folder)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     generator = torch.Generator().manual_seed(1)
     seconds, losses = [], []
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--setting", type=json.loads, default=SETTINGS[0], help="JSON, like one of SETTINGS")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no gigabytes in the folder
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # one process, which is all of its world
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -168,16 +169,17 @@ class DriveGauge:
         from fuyou.tiers.io import open_for_drive
 
         self._folder = os.fspath(folder)
-        self._path = os.path.join(folder, "fuyou-bench-gauge")
         self._arena = Arena(GAUGE_ARENA_BYTES, Ledger({"host": GAUGE_ARENA_BYTES, "device": 0, "nvme": 0}))
         self._arena.bytes.copy_(torch.randint(0, 256, (GAUGE_ARENA_BYTES,), dtype=torch.uint8))
         memory = self._arena.address, self._arena.nbytes
         self._engine = open_for_drive("auto", self._folder, GAUGE_FILE_BYTES, *memory)
         self._engine.register(*memory)
         self.tuning = self._engine.tuning
-        with open(self._path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, file_bytes)
-        self._file = self._engine.open(self._path)
+        self._scratch = tempfile.TemporaryFile(
+            dir=folder, buffering=0
+        )  # it has no name: whatever becomes of us, it goes
+        os.posix_fallocate(self._scratch.fileno(), 0, file_bytes)
+        self._file = self._engine.open(f"/proc/self/fd/{self._scratch.fileno()}")
         self._places = file_bytes // OPERATION_BYTES
         self._positions = {True: 0, False: self._places // 2}
         self._move(0.0, 0.0, least_operations=self._places)  # every block is written before any is measured
@@ -223,4 +225,4 @@ class DriveGauge:
     def close(self) -> None:
         self._engine.close()
         self._arena.close()
-        os.unlink(self._path)
+        self._scratch.close()
