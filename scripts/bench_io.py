@@ -19,7 +19,6 @@ import importlib.util
 import itertools
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_tools import machine
 
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import parse_bytes
@@ -277,27 +277,6 @@ def compare(fuyou: Fuyou, peers: list[Any], mode: str, options: argparse.Namespa
         row[f"against {label}"] = {"best": name, "speed_ratio": ratio, "cpu_ratio": cpu}
         print(f"  against {label} at its best: {ratio:.2f}x its speed, {cpu:.2f}x its CPU")
     return row
-
-
-def machine(folder: str) -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    fields = next(
-        line.split() for line in reversed(Path("/proc/mounts").read_text().splitlines())
-        if os.path.realpath(folder).startswith(line.split()[1])
-    )  # fmt: skip
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "file_system": fields[2],
-        "device": os.path.basename(fields[0]),
-        "transparent_huge_pages": Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip(),
-        "torch": torch.__version__,
-    }
 
 
 def main() -> None:

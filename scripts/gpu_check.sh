@@ -29,7 +29,7 @@ timeout 210 "$python" -m pytest -m gpu -q -rs -p no:cacheprovider --junitxml="$o
 tests=${PIPESTATUS[0]}
 
 echo "--- bench"
-timeout 130 "$python" scripts/bench_step.py --device cuda --steps 3 --warmup 1 --json "$out/bench_step.json" 2>&1 |
+timeout 130 "$python" scripts/bench_step.py --device cuda --rounds 2 --steps 3 --json "$out/bench_step.json" 2>&1 |
     tee "$out/bench_step.log"
 bench=${PIPESTATUS[0]}
 
