@@ -180,10 +180,12 @@ class Optimizer(torch.optim.Optimizer):
     def _scales(self, member: Member) -> tuple[float, ...]:
         """Bring the gradient's bytes at home up to date; what is left to apply to them."""
         grad = member.parameter.grad
-        if isinstance(grad, GradientHandle):
+        if isinstance(grad, GradientHandle) and grad.gradient.member is member:
             gradient = grad.gradient
             self._gradients.flush(gradient)
             return tuple(float(scale) for scale in gradient.scales)
+        if isinstance(grad, GradientHandle):  # another parameter's, whose bytes are not where this one's are
+            grad = self._gradients.materialise(grad.gradient, lent=True)
         if grad is None or grad.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients.")
         self._by_hand.append(Gradient(member))  # held until its bytes are used
