@@ -90,8 +90,11 @@ def _replace_state(user: User) -> None:
 
 
 def _save_state(user: User) -> Any:
+    """By the parameters' numbers. torch's own does not work for a parameter with state that is in no group any more."""
+    if sum(len(group["params"]) for group in user.optimizer.param_groups) < len(user.parameters()):
+        return None
     user.kept["state"] = copy.deepcopy(user.optimizer.state_dict())
-    return user.kept["state"]["state"]
+    return dict(sorted(user.kept["state"]["state"].items()))
 
 
 def _load_state(user: User) -> None:

@@ -69,6 +69,7 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._passed._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the passed optimizer looks here
         if float(getattr(self, "found_inf", 0)):
+            self._begin()
             return loss  # as the fused kernel: neither weights nor step counts move
         self._schedule.before_step()
         self._unscale(getattr(self, "grad_scale", None))
@@ -86,6 +87,13 @@ class Optimizer(torch.optim.Optimizer):
             self._schedule.step(updates)
         self._by_hand.clear()
         return loss
+
+    def _begin(self) -> None:
+        """A first step that an inf skips: as torch's, state is there from now on, zeros at step 0."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state.begin(self._member(parameter))
 
     def _unscale(self, scale: torch.Tensor | None) -> None:
         """The fused kernel divides gradients by the scale, in place. By a power of two that is a multiplication."""
