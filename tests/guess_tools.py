@@ -221,7 +221,7 @@ def wrapped(user: User, nvme: Path, place: str, **options: Any) -> Any:
     if share is not None:
         count = sum(each.numel() for each in user.model.parameters())
         ram = least_ram_bytes(user.case) + int(share * count)
-    config = config_of(**options)
+    config = fuyou.Config(**options)
     with fuyou.wrap(user.model, user.optimizer, folder, ram=ram, gpu="1GiB", device="cpu", config=config) as run:
         user.run, user.optimizer, user.folder = run, run.optimizer, nvme
         yield run
@@ -245,18 +245,6 @@ def check(script: Script, nvme: Path, place: str, case: models.Case = CASE, **op
     return copy.deepcopy(report)
 
 
-# FALL-BACK, until the queue of updates is there: options that Config does not have yet are left out.
-def config_of(**options: Any) -> fuyou.Config:
-    known = {}
-    for name, value in options.items():
-        with contextlib.suppress(fuyou.ConfigError):
-            fuyou.Config(**{name: value})
-            known[name] = value
-    return fuyou.Config(**known)
-
-
-def updates_of(report: dict[str, Any]) -> dict[str, int]:
+def updates_of(run: fuyou.Run) -> dict[str, int]:
     """Chunks since the run began: guessed, accepted, dropped, deferred."""
-    if "updates" not in report:  # FALL-BACK
-        pytest.skip("the queue of updates is not there yet")
-    return report["updates"]
+    return dict(run.report().dict()["updates"])

@@ -107,10 +107,10 @@ def counted(nvme: Path, place: str, update: str, *specials: Step) -> tuple[dict[
 
         def growth(steps: list[Step]) -> dict[str, int]:
             run.settle()
-            before = dict(updates_of(run.report().dict()))
+            before = updates_of(run)
             Program(tuple(steps))(user)
             run.settle()
-            after = updates_of(run.report().dict())
+            after = updates_of(run)
             return {name: after[name] - before[name] for name in ("guessed", "accepted", "dropped", "deferred")}
 
         growth([Step()] * 4)
