@@ -332,6 +332,26 @@ def test_gradients_are_replaced_and_dropped(compare):
     compare(script)
 
 
+def test_gradients_are_exchanged_between_parameters(compare):
+    """Of one shape: each is used, and accumulated on, where it was put."""
+
+    def script(side: Side) -> Any:
+        seen = []
+        for step in range(4):
+            seen += side.backwards(1)
+            first, second = (layer.out.weight for layer in side.model.layers)
+            with torch.no_grad():
+                first.grad.mul_(0.5)  # recorded, and part of what moves
+            first.grad, second.grad = second.grad, first.grad
+            seen += [first.grad.clone(), second.grad.sum().item()]
+            if step % 2:
+                seen += side.backwards(2) + [first.grad.clone(), second.grad.clone()]
+            seen += side.finish(clip=step > 1)
+        return seen
+
+    compare(script)
+
+
 def test_a_gradient_kept_by_the_user_outlives_the_step(compare):
     def script(side: Side) -> Any:
         seen, kept = [], []

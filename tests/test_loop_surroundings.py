@@ -35,6 +35,26 @@ def test_steps_are_skipped_and_gradients_dropped(compare):
     compare(script)
 
 
+def test_a_first_step_that_an_inf_skips_begins_the_state(compare):
+    """As torch's fused kernel: zeros at step 0."""
+
+    def script(side: Side) -> Any:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        seen: list[Any] = []
+        for step in range(2):
+            scaler.scale(models.loss_of(side.model, side.case.batch(step))).backward()
+            if step == 0:
+                next(side.model.parameters()).grad.view(-1)[0] = float("inf")
+            scaler.step(side.optimizer)
+            scaler.update()
+            side.optimizer.zero_grad()
+            state = [side.optimizer.state[each] for _, each in side.named()]
+            seen += [[each[kind].clone() for kind in ("step", "exp_avg", "exp_avg_sq")] for each in state]
+        return seen
+
+    compare(script)
+
+
 def test_two_steps_on_one_gradient(compare):
     def script(side: Side) -> Any:
         seen: list[Any] = side.backwards()

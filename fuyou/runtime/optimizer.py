@@ -71,6 +71,7 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._passed._opt_called = True  # type: ignore[attr-defined]  # a scheduler of the passed optimizer looks here
         if float(getattr(self, "found_inf", 0)):
+            self._begin()
             return loss  # as the fused kernel: neither weights nor step counts move
         self._schedule.before_step()
         self._unscale(getattr(self, "grad_scale", None))
@@ -104,6 +105,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _hyper(self, group: Mapping[str, Any]) -> AdamHyper:
         return _hyper(group, decoupled=isinstance(self._passed, torch.optim.AdamW))
+
+    def _begin(self) -> None:
+        """A first step that an inf skips: as torch's, state is there from now on, zeros at step 0."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state.begin(self._member(parameter))
 
     def _unscale(self, scale: torch.Tensor | None) -> None:
         """The fused kernel divides gradients by the scale, in place. By a power of two that is a multiplication."""
@@ -198,10 +206,14 @@ class Optimizer(torch.optim.Optimizer):
     def _scales(self, member: Member) -> list[float | torch.Tensor]:
         """Bring the gradient's bytes at home up to date; what is left to apply to them."""
         grad = member.parameter.grad
-        if isinstance(grad, GradientHandle):
+        if isinstance(grad, GradientHandle) and grad.gradient.member is member:
             gradient = grad.gradient
             self._gradients.flush(gradient)
             return list(gradient.scales)
+
+            return tuple(float(scale) for scale in gradient.scales)
+        if isinstance(grad, GradientHandle):  # another parameter's, whose bytes are not where this one's are
+            grad = self._gradients.materialise(grad.gradient, lent=True)
         if grad is None or grad.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients.")
         self._by_hand.append(Gradient(member))  # held until its bytes are used

@@ -215,14 +215,14 @@ class Schedule:
         self._expect_end()
         parameter = member.parameter
         handle = parameter.grad
+        mine = isinstance(handle, GradientHandle) and handle.gradient.member is member
+        reference = self._handles.get(member)
+        old = reference() if reference is not None and not mine else None
+        if old is not None and (handle is None or isinstance(handle, GradientHandle)) and member not in self._aside:
+            self._gradients.save(old.gradient)  # gone from `p.grad`, but somebody still looks at it
         if isinstance(handle, GradientHandle):
             self._aside[member] = handle
             parameter.grad = None
-            return
-        reference = self._handles.get(member)
-        old = reference() if reference is not None else None
-        if old is not None and handle is None and member not in self._aside:
-            self._gradients.save(old.gradient)  # cleared from `p.grad`, but somebody still looks at it
 
     def after_accumulate(self, member: Member) -> None:
         """`p.grad` holds what this backward brought: it leaves the device."""

@@ -214,6 +214,10 @@ class StateView(MutableMapping):
                 kind: value.plain() if isinstance(value, StateHandle) else value for kind, value in foreign.items()
             })  # fmt: skip
 
+    def begin(self, member: Member) -> None:
+        """It has state from now on; what it is at home is what it is."""
+        self._begun.add(member)
+
     def reset(self, member: Member) -> None:
         """No state, as before the first step. A master is the weight, and stays."""
         self._guard()

@@ -115,7 +115,7 @@ class Gradients:
         with self._lock:
             nbytes = new.numel() * new.itemsize
             self._charge_leaving(nbytes, member)
-            gradient = old if old is not None and old.current else Gradient(member)
+            gradient = old if old is not None and old.current and old.member is member else Gradient(member)
             new = new.detach().contiguous()
             with self._ledger.discharged_on_error("device", "gradients", nbytes):
                 if old is not None:
