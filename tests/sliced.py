@@ -76,4 +76,3 @@ def _together(parts: list[Any], whole: Any, batch: int) -> Any:
     if isinstance(whole, tuple):
         return tuple(_together(list(each), item, batch) for *each, item in zip(*parts, whole, strict=True))
     return parts[0]
-

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from typing import Any
 
 import models
 import pytest
 import torch
-from sliced import case_of, slice_blocks, sliced
+from sliced import case_of, slice_blocks
 from test_equivalence import wrapped
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fuyou
 

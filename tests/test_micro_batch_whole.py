@@ -7,10 +7,11 @@ import dataclasses
 import warnings
 from typing import Any
 
-import models
 import pytest
 import torch
 from sliced import sliced
+from test_architectures import ARCHITECTURES
+from test_architectures import loss_of as loss_of_batch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -297,3 +298,24 @@ def test_results_of_every_structure():
             for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
                 assert ours.grad is not None, name
                 torch.testing.assert_close(ours.grad + 0, theirs.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:micro_batch=1")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_without_dropout_are_what_they_are_unsliced(name):
+    """Loss and gradients but for rounding, row by row: nothing is cut that is not by row."""
+    architecture = ARCHITECTURES[name]
+    plain, model = architecture.build().eval(), architecture.build().eval()
+    with run_of(model, 1):
+        losses = []
+        for each in (plain, model):
+            torch.manual_seed(0)
+            loss = loss_of_batch(each, architecture.batch(0))
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        for (path, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if theirs.grad is not None:
+                difference = ((ours.grad + 0) - theirs.grad).norm()
+                assert difference <= 1e-3 * theirs.grad.norm() + 1e-6, path

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import sliced
 import torch
 from jobs import metrics_of
 from safetensors.torch import load_file
@@ -45,15 +46,21 @@ def job(inputs: Path, folder: Path, **settings: object) -> list[str]:
     return ["train", str(jobs.write_job(inputs, folder, **{**jobs.SETTINGS, **settings}))]
 
 
-@pytest.mark.parametrize(("precision", "max_grad_norm"), [("fp32", 0.5), ("fp32", 0), ("bf16", 0.5)])
-def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm):
+@pytest.mark.parametrize(
+    ("precision", "max_grad_norm", "micro_batch"), [("fp32", 0.5, 1), ("fp32", 0, None), ("bf16", 0.5, None)]
+)
+def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm, micro_batch):
     import transformers
 
-    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "ram": "512KiB"}  # so that NVMe is in use
+    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "micro_batch": micro_batch}
+    settings["ram"] = "512KiB"  # so that NVMe is in use
     status = main(job(inputs, tmp_path, **settings))
     captured = capsys.readouterr()
     assert status == 0, captured.err
     plain = jobs.Plain(inputs, precision, max_grad_norm)
+    if micro_batch is not None:
+        plain.model.config.use_cache = False  # as the job has it: a cache of two rows at once is none for slices
+        sliced.slice_blocks(plain.model, micro_batch)
     steps, evaluations = plain.train()
 
     found_steps, found_evaluations = metrics_of(tmp_path)

@@ -141,9 +141,12 @@ class MicroBatches:
         if kind in self._said:
             return
         self._said.add(kind)
-        message = f"micro_batch={self._size}: block {block.name} runs its whole batch at once, because {reason}"
+        message = (
+            f"micro_batch={self._size}: block {block.name} runs its whole batch at once, because {reason}. Other blocks of "
+            "which this is true are not named."
+        )
         self._notes.append(message)
-        warnings.warn(f"{message}. Other blocks of which this is true are not named.", stacklevel=2)
+        warnings.warn(message, stacklevel=2)
 
 
 # --- [Note: tried] ----------------------------------------------------------------------------------------------------
