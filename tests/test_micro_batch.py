@@ -53,7 +53,6 @@ def plain(name: str, rows: int, bf16: bool = False) -> tuple[list[float], dict[s
         ("t5", 3, "nvme", {"activations": "keep"}),
         ("vit", 2, "ram", {}),
         ("mixtral", 3, "ram", {}),  # router logits leave by hooks inside of the blocks
-        ("mixtral", 1, "ram", {"activations": "keep"}),
     ],
     ids=str,
 )
@@ -107,7 +106,7 @@ def test_a_cache_that_the_forward_fills_is_filled_as_a_whole(name):
             torch.testing.assert_close(layer.values, expected.values)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generating_makes_the_same_tokens(name):
     case = case_of(name)
     model = case.model()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import TEXTS
+from architectures_media import MEDIA
 from sliced import sliced
-from test_architectures import ARCHITECTURES
 from test_architectures import loss_of as loss_of_batch
 from torch import nn
 from torch.nn import functional
@@ -46,6 +47,8 @@ class Block(nn.Module):
             return x + self.norm(y.transpose(1, 2)).transpose(1, 2)
         if kind == "own statistics":
             return x + functional.batch_norm(y.flatten(0, 1), None, None, training=True).view_as(y)
+        if kind == "faint":  # less than rounding would be
+            return x + y + 1e-7 * x.mean(0)
         if kind == "buffer":
             with torch.no_grad():
                 self.mean.lerp_(y.mean((0, 1)), 0.1)
@@ -111,6 +114,7 @@ def run_of(model: nn.Module, rows: int, **options: Any) -> fuyou.Run:
     [
         ("batch norm", "normalises over the batch"),
         ("own statistics", "depends on the other rows"),
+        ("faint", "depends on the other rows"),
         ("buffer", "changes its buffers"),
         ("time first", "its first tensor has 5 rows where the model's own inputs have 6"),
         ("flattened", "its first tensor has 30 rows where the model's own inputs have 6"),
@@ -236,6 +240,28 @@ def test_checkpoints_of_the_user(where, reentrant):
     compare(Around())
 
 
+@pytest.mark.filterwarnings("ignore:micro_batch=4")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_runs_whole_again_what_ran_whole(reentrant):
+    """In backward the model's own inputs are no longer at hand, and are remembered."""
+
+    class Flattened(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.requires_grad_()
+            for layer in self.layers:
+                x = checkpoint(layer, x.flatten(0, 1), use_reentrant=reentrant).view_as(x)
+            return x.square().mean()
+
+    plain = Flattened("flattened")
+    model = copy.deepcopy(plain)
+    with run_of(model, 4, activations="keep"):
+        for each in (plain, model):
+            loss_of(each, 0).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+
+
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_autocast(activations):
     compare(Model("plain"), activations, autocast=True)
@@ -300,12 +326,16 @@ def test_results_of_every_structure():
                 torch.testing.assert_close(ours.grad + 0, theirs.grad)
 
 
+# Plain PyTorch cannot differentiate RWKV in eval: it changes its state in place.
+EVALUATED = {name: each for name, each in {**TEXTS, **MEDIA}.items() if name != "Rwkv"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:micro_batch=1")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVALUATED)
 def test_architectures_without_dropout_are_what_they_are_unsliced(name):
     """Loss and gradients but for rounding, row by row: nothing is cut that is not by row."""
-    architecture = ARCHITECTURES[name]
+    architecture = EVALUATED[name]
     plain, model = architecture.build().eval(), architecture.build().eval()
     with run_of(model, 1):
         losses = []
@@ -315,7 +345,8 @@ def test_architectures_without_dropout_are_what_they_are_unsliced(name):
             loss.backward()
             losses.append(loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        total = torch.nn.utils.get_total_norm([each.grad for each in plain.parameters() if each.grad is not None])
         for (path, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             if theirs.grad is not None:
                 difference = ((ours.grad + 0) - theirs.grad).norm()
-                assert difference <= 1e-3 * theirs.grad.norm() + 1e-6, path
+                assert difference <= 1e-3 * theirs.grad.norm() + 1e-4 * total + 1e-6, path

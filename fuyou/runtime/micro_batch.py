@@ -194,6 +194,8 @@ def _tried(module: nn.Module, forward: Callable[..., Any], call: Call, rows: int
         return Verdict(f"its forward keeps something in attributes ({', '.join(state.changed_attributes)})", {})
     if any(each.keys() != both.keys() for each in (one, *changed)):
         return Verdict("what it returns has another structure for other rows", {})
+    if any(_is_floating(each) and bool(each.isnan().any()) for each in both.values()):
+        return Verdict("what it returns holds nan, which hides what depends on what", {})
     kinds: Kinds = {}
     for path, tensor in both.items():
         kind = _kind_of(one[path], tensor)
@@ -260,7 +262,8 @@ def _unnoticed(module: nn.Module, call: Call) -> Iterator[None]:
     try:
         for child in inside:
             child._forward_hooks = OrderedDict()
-        torch.set_autocast_cache_enabled(False)  # a cast made without a graph would be found by the forward after this
+        # Older versions of torch would give the forward after this a cast that was made without a graph.
+        torch.set_autocast_cache_enabled(False)
         with torch.no_grad(), RandomState(device).kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
