@@ -58,6 +58,8 @@ class Block(nn.Module):
             return x + functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(0, 1)
         if kind == "loss inside":
             return y, y.square().mean()
+        if kind == "transposed":
+            return x + y, y.sum(-1).T
         if kind == "chance":  # more (B, T, T) is one for each of B heads, and adds to scores of (1, B, T, T)
             scores = more[None] + torch.zeros(x.shape[0], 1, 1, 1)
             return x + y * scores.mean((1, 2, 3)).view(-1, 1, 1)
@@ -89,9 +91,9 @@ class Model(nn.Module):
                 x = layer(x.flatten(0, 1)).view_as(x)
             elif self.kind == "time first":
                 x = layer(x.transpose(0, 1)).transpose(0, 1)
-            elif self.kind == "loss inside":
-                x, loss = layer(x)
-                extra = extra + loss
+            elif self.kind in ("loss inside", "transposed"):
+                x, other = layer(x)
+                extra = extra + other.square().mean()
             else:
                 x = layer(x.clone() if self.kind == "in place" else x, more)
         return x.square().mean() + extra
@@ -119,6 +121,7 @@ def run_of(model: nn.Module, rows: int, **options: Any) -> fuyou.Run:
         ("time first", "its first tensor has 5 rows where the model's own inputs have 6"),
         ("flattened", "its first tensor has 30 rows where the model's own inputs have 6"),
         ("loss inside", "depends on the other rows"),
+        ("transposed", "has no part for each row"),
         ("chance", "cannot run on some of its rows|depends on the other rows|no part for each row"),
         ("in place", "changes an argument in place"),
         ("attribute", "keeps something in attributes"),
