@@ -27,6 +27,7 @@ from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
 from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
+from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.schedule import BlockCalls, Schedule
@@ -265,11 +266,16 @@ class Run:
         of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}
         loose = [unit for unit in self._units if not unit.owners]
         self._model_calls = BlockCalls(None, "the model", self.model, loose)
+        calls = [
+            BlockCalls(index, each.name or "the model", each.module, of_block[index])
+            for index, each in enumerate(blocks)
+        ]
         self._schedule = Schedule(
-            blocks=[BlockCalls(index, each.name or "the model", each.module, of_block[index]) for index, each in enumerate(blocks)],
+            blocks=calls,
             units=self._units, swapper=self._swapper, gradients=self._gradients, updates=self._updates,
             away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=tiers.link, recompute=config.recompute, update=config.update, traffic=tiers.traffic,
+            gauge=self._gauge, device=tiers.link, recompute=config.recompute, update=config.update,
+            micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
         )  # fmt: skip
 
     def _commit(self, step: int) -> Ticket:

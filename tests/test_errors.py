@@ -48,7 +48,6 @@ class TestConfig:
             ("activations", "host"),
             ("activations", "nvme"),
             ("durability", "step"),
-            ("micro_batch", 4),
             ("verify_reads", True),
         ],
     )
@@ -60,6 +59,11 @@ class TestConfig:
     def test_impossible_value_names_the_choices(self, option):
         with pytest.raises(fuyou.ConfigError, match="is not one of"):
             fuyou.Config(**{option: "sideways"})
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+    def test_micro_batch_that_is_no_number_of_rows(self, value):
+        with pytest.raises(fuyou.ConfigError, match="whole number of rows, at least 1"):
+            fuyou.Config(micro_batch=value)
 
     def test_frozen(self):
         with pytest.raises(AttributeError, match="frozen"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import sliced
 import torch
 from jobs import metrics_of
 from safetensors.torch import load_file
@@ -46,17 +47,26 @@ def job(inputs: Path, folder: Path, **settings: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "max_grad_norm", "loss"),
-    [("fp32", 0.5, "chunked"), ("fp32", 0, "model"), ("bf16", 0.5, "chunked"), ("bf16", 0.5, "model")],
+    ("precision", "max_grad_norm", "loss", "micro_batch"),
+    [
+        ("fp32", 0.5, "chunked", None),
+        ("fp32", 0, "model", 1),
+        ("bf16", 0.5, "chunked", None),
+        ("bf16", 0.5, "model", None),
+    ],
 )
-def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm, loss):
+def test_a_job_equals_a_plain_loop(inputs, tmp_path, capsys, precision, max_grad_norm, loss, micro_batch):
     import transformers
 
-    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "loss": loss, "ram": "512KiB"}  # NVMe is in use
+    settings = {"precision": precision, "max_grad_norm": max_grad_norm, "loss": loss, "micro_batch": micro_batch}
+    settings["ram"] = "512KiB"  # so that NVMe is in use
     status = main(job(inputs, tmp_path, **settings))
     captured = capsys.readouterr()
     assert status == 0, captured.err
     plain = jobs.Plain(inputs, precision, max_grad_norm, loss)
+    if micro_batch is not None:
+        plain.model.config.use_cache = False  # as the job has it: a cache of two rows at once is none for slices
+        sliced.slice_blocks(plain.model, micro_batch)
     steps, evaluations = plain.train()
 
     found_steps, found_evaluations = metrics_of(tmp_path)

@@ -50,6 +50,9 @@ class Config:
         a while after guesses were wrong.
     durability: "step" commits every step to the drives; "checkpoint", and None for now, does not. A run cannot be resumed
         yet in either.
+    micro_batch: rows that a block runs at a time, at least 1: weights and gradients move once a step whatever the batch, and
+        the device holds the activations of so many rows; None runs the whole batch. Blocks that cannot be cut run whole
+        and say so.
     io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
     deadline_s: seconds, more than 0, after which any wait for a drive, a copy, host memory or a worker is a DeadlineError that
     names the operations in flight.
@@ -116,11 +119,11 @@ def _checked(name: str, value: Any) -> Any:
             raise ConfigError(f"blocks={value!r} must be a list of module names, or None to find them.")
         return tuple(value)
     if name == "micro_batch":
-        if value is not None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(
-                f"micro_batch={value!r} is not built yet: leave it None, and use a smaller batch with accumulation."
+                f"micro_batch={value!r} must be a whole number of rows, at least 1, or None to run a block's whole batch."
             )
-        return None
+        return value
     if name == "adam_threads":
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(

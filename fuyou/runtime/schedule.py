@@ -30,6 +30,7 @@ from fuyou.runtime.away import Away
 from fuyou.runtime.foresight import Foresight
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
+from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.state_handle import StateHandle
 from fuyou.swap.activations import Autocast, Frame, HookStack, TensorBook
 from fuyou.swap.gradients import Gradients
@@ -77,6 +78,7 @@ class Schedule:
         device: Device,
         recompute: bool,
         update: str,
+        micro_batches: MicroBatches,
         traffic: Callable[[], dict[str, int]],
     ) -> None:
         self.blocks = blocks
@@ -95,6 +97,7 @@ class Schedule:
         self._guess = update in ("auto", "speculative")
         self.planned: Callable[[Member], MemberUpdate | None] = lambda member: None
         self._foresight = Foresight(lambda member: self.planned(member), patient=update == "auto")
+        self._micro_batches = micro_batches
         self._traffic = traffic
         self._moved = traffic()
         self._placed: set[Unit] = set()  # in this forward
@@ -125,15 +128,18 @@ class Schedule:
         """One call of a block: weights in, the next block's on their way, compute, weights free to go."""
         self._clock.begin()
         held = self._get(block)
-        frame = None
+        frames: list[Frame] = []  # one for each slice of rows
+
+        def run(args: tuple, kwargs: dict) -> Any:
+            if not torch.is_grad_enabled():
+                return block.forward(*args, **kwargs)
+            frames.append(self._frame(block))
+            return frames[-1].run(args, kwargs)
+
         try:
             self._prefetch("forward", block)
             with self._device.within_budget(block.name), torch.profiler.record_function(f"fuyou::forward {block.name}"):
-                if torch.is_grad_enabled():
-                    frame = self._frame(block)
-                    result = frame.run(args, kwargs)
-                else:
-                    result = block.forward(*args, **kwargs)
+                result = self._micro_batches.run(block, args, kwargs, run)
             result = self._without_weight_views(result)
             if Autocast().enabled:  # its cache would keep casts of weights that are released now
                 torch.clear_autocast_cache()
@@ -141,8 +147,8 @@ class Schedule:
         finally:
             for unit in held:
                 self._swapper.release(unit)
-        if frame is not None and block.index is not None:
-            self._watch(result, frame)
+        if frames and block.index is not None:
+            self._watch(result, frames[-1])
         return result
 
     def _frame(self, block: BlockCalls) -> Frame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,24 +17,42 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"forward"}  # hooks, parameters, buffers, submodules, training
 
 
-def snapshot(value: Any, *, detach: bool = False, objects: bool = True, _seen: dict[int, Any] | None = None) -> Any:
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf of the same bytes that requires grad where `tensor` does."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether `snapshot` shares the value as it is, without a look inside."""
+    return isinstance(value, (*_ATOMS, nn.Module, nn.Parameter)) or callable(value)
+
+
+def snapshot(
+    value: Any,
+    *,
+    detach: bool = False,
+    objects: bool = True,
+    replace: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    _seen: dict[int, Any] | None = None,
+) -> Any:
     """A structural copy: containers and (with `objects`) plain objects are copied, tensors and modules are shared.
 
     `detach`: tensors that require grad are replaced by detached leaves that require it too, so that the copy holds no
-    autograd graph. What occurs twice stays the same object.
+    autograd graph. `replace`: what to put in a tensor's place. What occurs twice stays the same object.
     """
+    replace = detached if detach else replace
     seen: dict[int, Any] = {} if _seen is None else _seen
-    if isinstance(value, _ATOMS) or isinstance(value, (nn.Module, nn.Parameter)) or callable(value):
+    if is_opaque(value):
         return value
     if id(value) in seen:
         return seen[id(value)][1]
 
     def inner(item: Any) -> Any:
-        return snapshot(item, detach=detach, objects=objects, _seen=seen)
+        return snapshot(item, objects=objects, replace=replace, _seen=seen)
 
     result: Any
     if isinstance(value, torch.Tensor):
-        result = value.detach().requires_grad_(value.requires_grad) if detach else value
+        result = replace(value) if replace is not None else value
     elif isinstance(value, tuple):
         items = [inner(item) for item in value]
         result = type(value)(*items) if hasattr(value, "_fields") else tuple(items) if type(value) is tuple else value
@@ -65,7 +83,7 @@ def snapshot(value: Any, *, detach: bool = False, objects: bool = True, _seen: d
 def tensors_in(value: Any, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:
     """Every distinct tensor in a structure that `snapshot` copies; parameters are not inputs."""
     seen = set() if _seen is None else _seen
-    if isinstance(value, (*_ATOMS, nn.Module, nn.Parameter)) or callable(value) or id(value) in seen:
+    if is_opaque(value) or id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
@@ -136,6 +154,22 @@ class ModuleState:
         statistics = isinstance(buffer.owner, _NormBase) and buffer.owner.training
         return statistics or not torch.equal(buffer.before, buffer.tensor)
 
+    @property
+    def changed_attributes(self) -> list[str]:
+        """Of which modules, by class, the forward changed attributes; known after `after_forward`."""
+        return sorted({type(child).__name__ for child, _ in self._attributes})
+
+    def restore(self) -> None:
+        """Everything as it was before the call."""
+        for child, before in self._attributes:
+            _replace(child, snapshot(before, objects=False))
+        for child, tensors in self._registered:
+            _register(child, tensors)
+        with torch.no_grad():
+            for each in self._buffers:
+                if each.before is not None:
+                    each.tensor.detach().copy_(each.before)
+
     @contextlib.contextmanager
     def before_forward(self) -> Iterator[None]:
         """As it was before the call, for the length of the `with`; then as it is now again."""
@@ -143,14 +177,7 @@ class ModuleState:
         registered = [(child, dict(child._buffers)) for child, _ in self._registered]
         buffers = [(each.tensor, each.tensor.detach().clone()) for each in self._buffers]
         try:
-            for child, before in self._attributes:
-                _replace(child, snapshot(before, objects=False))
-            for child, tensors in self._registered:
-                _register(child, tensors)
-            with torch.no_grad():
-                for each in self._buffers:
-                    if each.before is not None:
-                        each.tensor.detach().copy_(each.before)
+            self.restore()
             yield
         finally:
             for child, now in attributes:

@@ -92,7 +92,7 @@ class TrainConfig(BaseModel):
     precision: str | None = None
     activations: str = "auto"
     durability: str | None = None
-    micro_batch: Integer | None = None
+    micro_batch: Annotated[Integer, Field(ge=1)] | None = None  # rows that a block runs at a time; null: all
     io: str = "auto"
     verify_reads: bool = False
     deadline_s: Annotated[Number, Field(gt=0)] = DEADLINE_S
