@@ -1,12 +1,13 @@
-"""One run at a time in a store folder."""
+"""One run at a time in a store folder; one thread at a time, of one process, in its books."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 
-from fuyou.core.errors import StoreError
+from fuyou.core.errors import StateError, StoreError
 
 RETRY_S = 5.0  # a killed holder's descriptors can take a moment to die
 
@@ -50,6 +51,28 @@ class FolderLock:
             os.close(self._fd)
             self._fd = -1
             _held.discard(self._key)
+
+
+class ProcessLock:
+    """A lock between threads, which may be taken again by its holder (a collection may run anything at any moment).
+
+    StateError in a forked child: there a thread that does not exist may hold it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"This store belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
+                "parent, and pass data, not the model, to workers."
+            )
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _identity(path: str) -> tuple[int, int]:
