@@ -1,14 +1,26 @@
-"""A reader of commit records of its own, from the format in fuyou/tiers/records.py's docstring, with a CRC-32C of its own."""
+"""What tests of commits share: a reader of records of its own, from the format that fuyou/tiers/records.py describes, with a
+CRC-32C of its own; a store with commits; a gate that holds commits up."""
 
 from __future__ import annotations
 
 import json
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+from test_io import Memory
+
+from fuyou.core.ledger import Ledger
+from fuyou.core.ticket import Ticket
+from fuyou.tiers.commits import RecordFiles
+from fuyou.tiers.folders import check_folders
+from fuyou.tiers.io import open_engine
+from fuyou.tiers.store import Extent, Store
 
 PAGE = 4096
 
@@ -100,3 +112,76 @@ def contents(folders: Sequence[Path | str], step: Step, copy: str = "a") -> dict
         )
         found[extent] = data
     return found
+
+
+# ---- a store with commits
+
+
+class Job:
+    """A store with commits and what goes into it. `keep` holds the memory of every write until the end."""
+
+    def __init__(self, *folders: Path, durable: bool = True, kind: str = "auto", nvme: int = 1 << 40):
+        self.folders = folders
+        self.book = Ledger({"device": 0, "host": 0, "nvme": nvme})
+        self.store = Store(check_folders([str(each) for each in folders]), self.book, durable=durable)
+        self.store.start(lambda _: (open_engine(kind, deadline_s=60), 0.0))
+
+    def open(self, *wanted: tuple[int, int], committed: bool = True) -> list[Extent]:
+        extents = [self.store.place(nbytes, "optimizer", slots, committed=committed) for nbytes, slots in wanted]
+        self.store.open()
+        return extents
+
+    def start(self, extent: Extent, content: bytes, *, ahead: bool = False) -> Ticket:
+        memory = Memory(extent.nbytes, content)
+        return extent.write(memory.address, memory, ahead=ahead)
+
+    def write(self, extent: Extent, content: bytes) -> None:
+        extent.free_after().wait()
+        self.start(extent, content).wait()
+
+    def read(self, extent: Extent) -> bytes:
+        memory = Memory(extent.nbytes)
+        extent.read(memory.address, memory).wait()
+        return memory.bytes()
+
+
+@pytest.fixture
+def job() -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(*folders: Path, **options) -> Job:
+        made.append(Job(*folders, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.store.close()
+        assert each.book.held("nvme") == 0
+
+
+class Gate:
+    """Commits reach their record only when they are let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._passes = threading.Semaphore(0)
+        write = RecordFiles.write
+
+        def waiting(files: RecordFiles, place: int, record: bytes) -> None:
+            assert self._passes.acquire(timeout=60)
+            write(files, place, record)
+
+        monkeypatch.setattr(RecordFiles, "write", waiting)
+
+    def open(self, count: int = 1) -> None:
+        self._passes.release(count)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(monkeypatch)
+    yield made
+    made.open(1000)
+
+
+def fill(value: int, extent: Extent) -> bytes:
+    return bytes([value]) * extent.nbytes

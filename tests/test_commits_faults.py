@@ -8,11 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commit_tools import contents, home, newest, parse
+from commit_tools import PAGE, contents, fill, home, newest, parse
+from commit_tools import job as job
 from drive_tools import folders_in
 from fault_tools import FIRST, run_script
-from test_commits import PAGE, fill
-from test_commits import job as job
 from test_faults_results import inside
 from test_faults_results import preload as preload
 
@@ -29,8 +28,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_complete_step(nvme: Path) -> Non
         """
         import itertools, os, random, select, shutil, signal, sys, time
         from pathlib import Path
-        from commit_tools import PAGE, contents, newest
-        from test_commits import Job
+        from commit_tools import PAGE, Job, contents, newest
         folders = [Path(each) for each in sys.argv[1:]]
         def content(step, index, nbytes):
             return random.Random(step * 1000 + index).randbytes(nbytes)
@@ -165,8 +163,7 @@ def test_commits_wait_for_the_drive_and_close_says_what_it_waited_for(nvme: Path
 
 
 SCRIPT = """
-    from commit_tools import contents, newest
-    from test_commits import Job, fill
+    from commit_tools import Job, contents, fill, newest
     def begin(name, count=2):
         place = folder / name
         place.mkdir()
