@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fuyou.core.errors import StateError
-from fuyou.core.ticket import DEADLINE_S, Ticket, wait_for
+from fuyou.core.ticket import Ticket, wait_for
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.drives import Drive
 from fuyou.tiers.extents import Extent, Slot
@@ -97,12 +97,7 @@ class Commits:
 
     def open(self) -> None:
         self._files.open()
-        engine = self._drives[0].engine
-        self._worker = Worker(
-            "fuyou-commits",
-            deadline_s=engine.deadline_s if engine is not None else DEADLINE_S,
-            in_flight=self._operations,
-        )
+        self._worker = Worker("fuyou-commits", deadline_s=self._lock.deadline_s, in_flight=self._operations)
 
     @property
     def reserved(self) -> Reserved:

@@ -60,18 +60,18 @@ class Parts:
 
 
 class Unstarted:
-    """The ticket of a write that could not be started as a whole, over bytes that were current: nobody may use them."""
+    """The writer's ticket of bytes that a write was to go over and has not begun as a whole: nobody knows what they are."""
 
-    __slots__ = ("_error",)
+    __slots__ = ("_text",)
 
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
+    def __init__(self, text: str) -> None:
+        self._text = text
 
     def done(self) -> bool:
         return True
 
     def wait(self, timeout_s: float | None = None) -> None:
-        raise self._error
+        raise StateError(f"A write over {self._text} could not be started as a whole: its bytes are lost.")
 
 
 class Part(NamedTuple):
@@ -169,12 +169,9 @@ class Extent:
                 slot = self._refuse() if free is None else free
             if self.written and self.committed:
                 self._store.mark_dirty()
-            try:
-                ticket = self._store.transfer("write", self._slots[slot], address, keep)
-            except BaseException as error:
-                if slot == self._current and self.written:  # some drive may have begun
-                    self._become(slot, 0, Unstarted(error))
-                raise
+            if self.written and slot == self._current:  # until all of it has begun, whatever comes in between
+                self._become(slot, 0, Unstarted(self._text()))
+            ticket = self._store.transfer("write", self._slots[slot], address, keep)
             if ahead:
                 self._ahead = Ahead(slot, checksum, ticket)
             else:
@@ -201,7 +198,8 @@ class Extent:
         """What must be done before the next `write`: DONE, or the ticket of a commit in flight.
 
         A commit that begins between this and the `write` can name the slot again: whoever writes and whoever commits
-        agree on an order, or ask again. StateError where no commit will free a slot: an extent of one slot that a record names (`Store.add_slot`).
+        agree on an order, or ask again. StateError where no commit will free a slot: an extent of one slot that a record
+        names (`Store.add_slot`).
         """
         with self._store.lock:
             if not self.written or self._next_slot() is not None:

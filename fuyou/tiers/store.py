@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,8 +38,8 @@ class Store:
 
     def __init__(self, folders: Sequence[str], ledger: Ledger, durable: bool = False) -> None:
         self._ledger = ledger
-        self.lock = ProcessLock()  # guards the extents' slots and the commits
-        self._placing = threading.Lock()  # one `open`, `add` or `add_slot` at a time
+        self.lock = ProcessLock("the store")  # guards the extents' slots and the commits
+        self._placing = ProcessLock("making room in the store")  # one `open`, `add` or `add_slot` at a time
         self._drives = tuple(Drive(folder) for folder in folders)
         self._home = os.path.dirname(self._drives[0].path)
         self._commits = Commits(self._drives, self._home, self.lock, self.in_flight) if durable else None
@@ -70,6 +69,7 @@ class Store:
             drive.claim()
         for drive in self._drives:
             drive.engine, drive.bytes_per_s = open_drive(drive.folder)
+            self.lock.deadline_s = self._placing.deadline_s = drive.engine.deadline_s
 
     def register(self, address: int, nbytes: int) -> list[Drive]:
         """Register host memory with every drive's engine until it closes; returns the drives where that was refused."""
