@@ -268,6 +268,11 @@ class TestStore:
         assert nbytes == overhead_bytes(402, 803) == made.book.held("nvme", "staging")
         assert made.book.held("nvme") == nbytes + (home(nvme) / "data").stat().st_size
 
+    def test_room_is_kept_for_a_part_on_every_drive(self, nvme, job):
+        made = job(*folders_in(nvme, 2))
+        made.open(*[(PAGE, 2)] * 100)
+        assert made.book.held("nvme", "staging") == overhead_bytes(100, 2 * 2 * 100) > overhead_bytes(100, 2 * 100)
+
     def test_without_room_for_records_nothing_begins(self, nvme, job):
         made = job(nvme, nvme=2 * PAGE + overhead_bytes(1, 2) - 1)
         with pytest.raises(BudgetError, match="records of its commits"):

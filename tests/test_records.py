@@ -168,7 +168,7 @@ WRONG = {
     "twice": (lambda made: made.entries.insert(0, made.entries[0]), "out of order"),
     "slot": (lambda made: made.entries.insert(0, (PAGE, 0, 1, 2)) or made.entries.pop(1), "do not exist"),
     "not in layout": (lambda made: made.entries.append((PAGE, 9, 1, 0)), "does not have"),
-    "between": (lambda made: made.entries.insert(1, (PAGE, 1, 1, 0)), "does not have"),
+    "between": (lambda made: made.entries.insert(1, (3 * PAGE, 1, 1, 0)), "does not have"),
     "size": (lambda made: made.entries.insert(1, (2 * PAGE, 2, 1, 0)) or made.entries.pop(2), "other sizes"),
     "drive": (lambda made: made.parts.append((3, 0, 2, 0, PAGE)), "drive or a slot"),
     "layout's slot": (lambda made: made.parts.append((3, 2, 1, 0, PAGE)), "drive or a slot"),
