@@ -14,7 +14,7 @@ from commit_tools import gate as gate
 from commit_tools import job as job
 from drive_tools import MIB, file_size_limit, folders_in, on_disk
 
-from fuyou.core.errors import BudgetError, DeadlineError, StateError, StoreError
+from fuyou.core.errors import BudgetError, StateError, StoreError
 from fuyou.tiers.records import overhead_bytes, read_newest
 
 RECORD_FILES = {f"commit-{place}-{copy}" for place in (0, 1) for copy in "ab"} | {"layout-a", "layout-b"}
@@ -342,39 +342,6 @@ class TestStore:
                     os._exit(code)
         holder.join()
         assert os.waitpid(child, 0)[1] == 0
-
-    def test_a_lock_that_is_not_let_go_of_is_told(self, nvme, job):
-        made = job(nvme)
-        (extent,) = made.open((PAGE, 2))
-        made.store.lock.deadline_s = 0.05
-        taken, done = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with made.store.lock:
-                taken.set()
-                assert done.wait(60)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        assert taken.wait(60)
-        with pytest.raises(DeadlineError, match="0.05 s for the store"):
-            extent.free_after()
-        done.set()
-        holder.join()
-
-    def test_a_write_in_place_that_begins_on_some_drives_only_is_of_no_step(self, nvme, job):
-        made = job(*folders_in(nvme, 2))
-        (extent,) = made.open((4 * MIB, 2))
-        made.write(extent, fill(1, extent))
-        made.store.commit(1, {}).wait()
-        made.write(extent, fill(2, extent))
-        last = made.store.drives[1]
-        last.engine.close_file(last.file)
-        with pytest.raises(StateError, match="file is closed"):
-            made.start(extent, fill(3, extent))  # in place, for record 1 names the other slot
-        with pytest.raises(StateError, match="could not be started as a whole"):
-            made.store.commit(2, {}).wait()
-        assert contents(made.folders, newest(made.folders[0])) == {0: fill(1, extent)}
 
     def test_threads_that_write_guess_read_and_commit_at_once(self, nvme, job):
         made = job(*folders_in(nvme, 2))

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from commit_tools import PAGE, contents, fill, home, newest, parse
 from commit_tools import job as job
-from drive_tools import folders_in
+from drive_tools import MIB, folders_in
 from fault_tools import FIRST, run_script
 from test_faults_results import inside
 from test_faults_results import preload as preload
 
-from fuyou.core.errors import StoreError
+from fuyou.core.errors import DeadlineError, StateError, StoreError
 from fuyou.tiers.commits import RecordFiles
 from fuyou.tiers.drives import Drive
 from fuyou.tiers.records import read_newest
@@ -160,6 +160,41 @@ def test_commits_wait_for_the_drive_and_close_says_what_it_waited_for(nvme: Path
     commit.wait(60)
     made.store.close()
     assert os.listdir(nvme) == []
+
+
+def test_a_lock_that_is_not_let_go_of_is_told(nvme: Path, job):
+    made = job(nvme)
+    (extent,) = made.open((PAGE, 2))
+    made.store.lock.deadline_s = 0.05
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with made.store.lock:
+            taken.set()
+            assert done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(60)
+    with pytest.raises(DeadlineError, match="0.05 s for the store"):
+        extent.free_after()
+    done.set()
+    holder.join()
+
+
+def test_a_write_in_place_that_begins_on_some_drives_only_is_of_no_step(nvme: Path, job):
+    made = job(*folders_in(nvme, 2))
+    (extent,) = made.open((4 * MIB, 2))
+    made.write(extent, fill(1, extent))
+    made.store.commit(1, {}).wait()
+    made.write(extent, fill(2, extent))
+    last = made.store.drives[1]
+    last.engine.close_file(last.file)
+    with pytest.raises(StateError, match="file is closed"):
+        made.start(extent, fill(3, extent))  # in place, for record 1 names the other slot
+    with pytest.raises(StateError, match="could not be started as a whole"):
+        made.store.commit(2, {}).wait()
+    assert contents(made.folders, newest(made.folders[0])) == {0: fill(1, extent)}
 
 
 SCRIPT = """
