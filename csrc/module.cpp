@@ -2,7 +2,8 @@
 #include "bindings.hpp"
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "fuyou's native parts: asynchronous I/O engines and AdamW kernels";
+    module.doc() = "fuyou's native parts: asynchronous I/O engines, AdamW kernels and checksums";
     bind_io(module);
     bind_adam(module);
+    bind_checksum(module);
 }

@@ -11,7 +11,7 @@ import stat
 from fuyou.core.errors import StateError, StorageIOError, StoreError
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import Ticket
-from fuyou.tiers.folders import DATA, FOLDER
+from fuyou.tiers.folders import DATA, FOLDER, STORE_FILES
 from fuyou.tiers.io import Engine, File
 from fuyou.tiers.lock import FolderLock
 
@@ -47,6 +47,7 @@ class Drive:
                 )
             os.chmod(store, 0o700)
             self._lock = FolderLock(store)
+            self._remove_files(all_but=DATA)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -65,27 +66,7 @@ class Drive:
 
     def preallocate(self, offset: int, nbytes: int) -> None:
         """Make the file reach over `nbytes` from `offset`. StoreError where the drive is full; its size is then as before."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if nbytes:
-                    os.posix_fallocate(descriptor, offset, nbytes)
-            except OSError:
-                os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
-                raise
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            code = error.errno or errno.EIO
-            if code not in _FULL:
-                raise StorageIOError(
-                    code, f"cannot make {self.path} {nbytes} bytes longer: {os.strerror(code)}"
-                ) from error
-            free = shutil.disk_usage(self.folder).free
-            raise StoreError(
-                f"The nvme folder {self.folder} has no room: {format_bytes(nbytes)} are needed and "
-                f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
-            ) from error
+        preallocate(self.path, offset, nbytes)
 
     def shrink(self, nbytes: int) -> None:
         """Back to `nbytes`: what was placed beyond them is not used by anybody."""
@@ -97,6 +78,17 @@ class Drive:
             raise StateError(f"The store in {self.folder} is closed: nothing can be read or written.")
         start = self.engine.read if kind == "read" else self.engine.write
         return start(self.file, offset, address, nbytes, keep)
+
+    def flush(self) -> Ticket:
+        """Start an fdatasync of the data, after all writes submitted so far."""
+        if self.engine is None or self.file is None:
+            raise StateError(f"The store in {self.folder} is closed: nothing can be flushed.")
+        return self.engine.flush(self.file)
+
+    def sync_names(self) -> None:
+        """The store's folder and the files in it are found again after a loss of power. StorageIOError."""
+        for folder in (os.path.dirname(self.path), self.folder):
+            sync_folder(folder)
 
     def close(self) -> None:
         """Waits for what is under way. Nothing of an uncommitted store is of use after its run: the file goes, and with
@@ -117,16 +109,53 @@ class Drive:
             with contextlib.ExitStack() as removing:  # in reverse, all of it
                 removing.callback(_remove_folder, os.path.dirname(self.path))
                 removing.callback(lock.release)
-                removing.callback(_remove_file, self.path)
+                removing.callback(self._remove_files)
         except OSError as error:
             raise StoreError(
                 f"{os.path.dirname(self.path)} could not be removed after the run ({error.strerror}): remove it yourself."
             ) from error
 
+    def _remove_files(self, all_but: str = "") -> None:
+        for name in STORE_FILES:
+            if name != all_but:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(os.path.dirname(self.path), name))
 
-def _remove_file(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+
+def preallocate(path: str, offset: int, nbytes: int) -> None:
+    """Make a store's file reach over `nbytes` from `offset`. StoreError where the drive is full; its size is then as before."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if nbytes:
+                os.posix_fallocate(descriptor, offset, nbytes)
+        except OSError:
+            os.ftruncate(descriptor, offset)  # what a file system gave before it had no more
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        code = error.errno or errno.EIO
+        if code not in _FULL:
+            raise StorageIOError(code, f"cannot make {path} {nbytes} bytes longer: {os.strerror(code)}") from error
+        folder = os.path.dirname(os.path.dirname(path))  # the user's
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"The nvme folder {folder} has no room: {format_bytes(nbytes)} are needed and "
+            f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
+        ) from error
+
+
+def sync_folder(path: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise StorageIOError(code, f"cannot flush the folder {path}: {os.strerror(code)}") from error
 
 
 def _remove_folder(path: str) -> None:

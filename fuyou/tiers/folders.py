@@ -13,6 +13,12 @@ from fuyou.core.sizes import format_bytes
 
 FOLDER = "fuyou-store"  # made inside the user's folder, 0700
 DATA = "data"  # in it
+# Beside the first drive's data, where there are commits: two places for records, each in two copies (one file each: what
+# damages one does not reach the other), and two copies of the layout. And the mark of a live store without commits.
+RECORDS = ("commit-0-a", "commit-0-b", "commit-1-a", "commit-1-b")
+LAYOUTS = ("layout-a", "layout-b")
+DIRTY = "dirty"
+STORE_FILES = (*RECORDS, *LAYOUTS, DIRTY, DATA)  # a record goes before the data that it names
 FREE_SHARE = 0.95  # of what is free: file systems need some of it for themselves
 
 
@@ -61,8 +67,9 @@ def rooms_of(folders: Sequence[str], *, reuse: bool) -> Rooms:
             free.append(shutil.disk_usage(folder).free)
         pools.append(devices.index(device))
         if reuse:
-            with contextlib.suppress(OSError):
-                free[pools[-1]] += os.lstat(os.path.join(folder, FOLDER, DATA)).st_blocks * 512
+            for name in STORE_FILES:
+                with contextlib.suppress(OSError):
+                    free[pools[-1]] += os.lstat(os.path.join(folder, FOLDER, name)).st_blocks * 512
     return Rooms(tuple(folders), tuple(pools), tuple(int(nbytes * FREE_SHARE) for nbytes in free))
 
 

@@ -1,12 +1,14 @@
-"""One run at a time in a store folder."""
+"""One run at a time in a store folder; one thread at a time, of one process, in its books."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 import time
 
-from fuyou.core.errors import StoreError
+from fuyou.core.errors import DeadlineError, StateError, StoreError
+from fuyou.core.ticket import DEADLINE_S
 
 RETRY_S = 5.0  # a killed holder's descriptors can take a moment to die
 
@@ -50,6 +52,35 @@ class FolderLock:
             os.close(self._fd)
             self._fd = -1
             _held.discard(self._key)
+
+
+class ProcessLock:
+    """A lock between threads, which may be taken again by its holder (a collection may run anything at any moment).
+
+    StateError in a forked child: there a thread that does not exist may hold it for ever. DeadlineError where its holder
+    stands still, as under a file system that does not answer.
+    """
+
+    def __init__(self, what: str, deadline_s: float = DEADLINE_S) -> None:
+        self.deadline_s = deadline_s
+        self._what = what
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise StateError(
+                f"{self._what} belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
+                "parent, and pass data, not the model, to workers."
+            )
+        if not self._lock.acquire(timeout=self.deadline_s):
+            raise DeadlineError(
+                f"Waited {self.deadline_s:g} s for {self._what}, which another thread has not let go of. The drive, or the "
+                "file system under it, does not answer: see the system log."
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _identity(path: str) -> tuple[int, int]:

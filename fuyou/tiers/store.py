@@ -3,144 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from fuyou.core.errors import DeadlineError, FuyouError, StateError
+from fuyou.core.errors import DeadlineError, FuyouError, StateError, StorageIOError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up
-from fuyou.core.ticket import DONE, Ticket, wait_for
+from fuyou.core.ticket import Ticket
+from fuyou.tiers.checksum import best_checksum
+from fuyou.tiers.commits import Commit, Commits
 from fuyou.tiers.drives import Drive
-from fuyou.tiers.folders import refuse_without_room, rooms_of
+from fuyou.tiers.extents import Extent, Part, Parts, Slot
+from fuyou.tiers.folders import DIRTY, refuse_without_room, rooms_of
 from fuyou.tiers.io import Engine
+from fuyou.tiers.lock import ProcessLock
+from fuyou.tiers.records import encode_payload
 from fuyou.tiers.shares import UNIT_BYTES, Shares
 
-
-class Transfer:
-    """A read or write of an extent: engine tickets behind the ticket of the extent's last writer.
-
-    The engine orders overlapping ranges of a file itself; this carries the writer's error to whoever reads after it.
-    """
-
-    __slots__ = ("_after", "_own")
-
-    def __init__(self, own: Ticket, after: Ticket) -> None:
-        self._own = own
-        self._after = after
-
-    def done(self) -> bool:
-        return self._own.done() and self._after.done()
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        wait_for((self._after, self._own), timeout_s)
-
-
-class Parts:
-    """A transfer's tickets, one a drive. `wait` returns when no drive uses the memory any more, and raises the error of
-    the part that comes first in it; past the deadline it does not wait for the rest."""
-
-    __slots__ = ("_tickets",)
-
-    def __init__(self, tickets: Sequence[Ticket]) -> None:
-        self._tickets = tuple(tickets)
-
-    def done(self) -> bool:
-        return all(ticket.done() for ticket in self._tickets)
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        end = None if timeout_s is None else time.monotonic() + timeout_s
-        first: FuyouError | None = None
-        for ticket in self._tickets:
-            try:
-                ticket.wait(None if end is None else max(0.0, end - time.monotonic()))
-            except DeadlineError as error:
-                first, end = first or error, 0.0
-            except FuyouError as error:
-                first = first or error
-        if first is not None:
-            raise first
-
-
-class Part(NamedTuple):
-    """Some bytes of a slot of an extent, in one piece on one drive."""
-
-    drive: Drive
-    offset: int
-    nbytes: int
-
-
-Slot = tuple[Part, ...]  # in the order of the extent's bytes
-
-
-class Extent:
-    """`nbytes` on the drives, in one or two slots; where they lie is decided when the store opens.
-
-    `read` takes the current slot. `write` goes to the other one, which is current from then on: an update never
-    overwrites the bytes that it was made from, and a read that is under way keeps its slot. An extent that was never
-    written has no bytes (`written` is False) and must not be read.
-    """
-
-    __slots__ = ("_ahead", "_current", "_slots", "_store", "_writer", "category", "nbytes", "written")
-
-    def __init__(self, store: Store, nbytes: int, category: str) -> None:
-        self._store = store
-        self._slots: tuple[Slot, ...] = ()
-        self._current = 0
-        self._writer: Ticket = DONE
-        self._ahead: Ticket | None = None
-        self.nbytes = nbytes
-        self.category = category
-        self.written = False
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        return self._slots
-
-    def take_slots(self, slots: Sequence[Slot]) -> None:
-        """Called by Store only."""
-        self._slots += tuple(slots)
-
-    def read(self, address: int, keep: object) -> Ticket:
-        """Start reading the extent to `address`; `keep` lives until that has ended."""
-        if not self.written:
-            raise StateError(f"An extent of {self.category} ({self.nbytes} bytes) was read before it was written.")
-        return Transfer(self._store.transfer("read", self._slots[self._current], address, keep), self._writer)
-
-    @property
-    def can_write_ahead(self) -> bool:
-        return len(self._slots) > 1 and self.written
-
-    def free_after(self) -> Ticket:
-        return DONE
-
-    def accept(self) -> None:
-        if self._ahead is None:
-            raise StateError("nothing ahead")
-        self._current, self._writer, self._ahead = 1 - self._current, self._ahead, None
-
-    def drop(self) -> None:
-        if self._ahead is None:
-            raise StateError("nothing ahead")
-        self._ahead = None
-
-    def write(self, address: int, keep: object, *, ahead: bool = False) -> Ticket:
-        """Start writing the extent from `address`; reads from now on see these bytes."""
-        if ahead:
-            if self._ahead is not None:
-                raise StateError("second ahead")
-            self._ahead = self._store.transfer("write", self._slots[1 - self._current], address, keep)
-            return self._ahead
-        self._ahead = None
-        if not self._slots:
-            raise StateError(
-                f"An extent of {self.category} ({self.nbytes} bytes) was written before its store was open."
-            )
-        number = (self._current + 1) % len(self._slots) if self.written else self._current
-        ticket = self._store.transfer("write", self._slots[number], address, keep)
-        self._current, self._writer, self.written = number, ticket, True
-        return ticket
+__all__ = ["Commit", "Extent", "Part", "Slot", "Store"]
 
 
 class Store:
@@ -149,12 +30,20 @@ class Store:
     Every extent is striped over all drives in proportion to their speed, so that one transfer has all of them at work;
     a small one goes whole to the drive that is most behind its share. A drive without the room for its share takes what
     it can, and the others take the rest.
+
+    `durable`: steps can be committed, and a kill or a loss of power at any moment leaves the newest one that was
+    (`durability="step"`); see [Note: slots of records]. Without, the live store is of use to its own run only, and says
+    so by a mark once an extent has been written a second time.
     """
 
     def __init__(self, folders: Sequence[str], ledger: Ledger, durable: bool = False) -> None:
         self._ledger = ledger
-        self._counting = threading.Lock()
+        self.lock = ProcessLock("the store")  # guards the extents' slots and the commits
+        self._placing = ProcessLock("making room in the store")  # one `open`, `add` or `add_slot` at a time
         self._drives = tuple(Drive(folder) for folder in folders)
+        self._home = os.path.dirname(self._drives[0].path)
+        self._commits = Commits(self._drives, self._home, self.lock, self.in_flight) if durable else None
+        self._marked_dirty = False
         self._wanted: list[tuple[Extent, int]] = []  # placed before `open`, with their slots
         self._charged: list[tuple[str, int]] = []
 
@@ -180,28 +69,37 @@ class Store:
             drive.claim()
         for drive in self._drives:
             drive.engine, drive.bytes_per_s = open_drive(drive.folder)
+            self.lock.deadline_s = self._placing.deadline_s = drive.engine.deadline_s
 
     def register(self, address: int, nbytes: int) -> list[Drive]:
         """Register host memory with every drive's engine until it closes; returns the drives where that was refused."""
         return [drive for drive in self._drives if drive.engine and not drive.engine.register(address, nbytes)]
 
     def place(self, nbytes: int, category: str, slots: int, committed: bool = False) -> Extent:
-        """An extent of `nbytes` (rounded up to 4096) in `slots` slots."""
-        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)
+        """An extent of `nbytes` (rounded up to 4096) in `slots` slots; `committed`: its bytes belong to a step."""
+        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category, committed)
         self._wanted.append((extent, slots))
         return extent
 
     def open(self) -> None:
         """Charge the extents, divide them among the drives, preallocate. All or nothing. BudgetError where the drives
         have no room for them, StoreError where one refuses what it had room for."""
+        undo = contextlib.ExitStack()  # never called: `close` gives back what there is
         try:
-            for extent, slots in self._wanted:
-                self._charge(extent, slots, "its extents on the drives")
-            shares = self._shares(sum(slots * extent.nbytes for extent, slots in self._wanted))
-            for extent, slots in self._wanted:
-                extent.take_slots(self._lay(shares, extent.nbytes, slots))
-            for drive in self._drives:
-                drive.open()
+            with self._placing:
+                for extent, slots in self._wanted:
+                    self._charge(extent.category, slots * extent.nbytes, "its extents on the drives")
+                if self._commits is not None:
+                    self._commits.open()
+                    self._reserve(self._wanted, undo)  # first: what it takes is no room for extents
+                shares = self._shares(sum(slots * extent.nbytes for extent, slots in self._wanted))
+                laid = [self._lay(shares, extent.nbytes, slots) for extent, slots in self._wanted]
+                for drive in self._drives:
+                    drive.open()
+                self._give([(extent, slots) for (extent, _), slots in zip(self._wanted, laid, strict=True)])
+                if self._commits is not None:
+                    for drive in self._drives:
+                        drive.sync_names()
         except BaseException:
             self.close()
             raise
@@ -210,7 +108,7 @@ class Store:
     def add(self, nbytes: int, category: str, slots: int, committed: bool = False) -> Extent:
         """An extent placed after `open`: the files grow by it. BudgetError or StoreError where there is no room, and
         nothing has changed."""
-        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category)
+        extent = Extent(self, align_up(nbytes, UNIT_BYTES), category, committed)
         self._grow(extent, slots)
         return extent
 
@@ -219,18 +117,72 @@ class Store:
         if len(extent.slots) == 1:
             self._grow(extent, 1)
 
+    def commit(self, step: int, payload: dict[str, Any]) -> Commit:
+        """Begin to make `step` complete: the bytes that every committed extent has now, and `payload` (JSON, at most
+        1 MiB) with them. Returns at once; the ticket is done when a record of it is on the drive, or raises why not.
+
+        StateError for a step below the last one and a store that is not durable, ConfigError for a payload. After a
+        failed commit every later one fails with the same error.
+        """
+        if self._commits is None:
+            raise StateError(
+                f"Step {step} cannot be committed: the store was not made for it (durability is not 'step')."
+            )
+        text = encode_payload(payload)
+        with self.lock:
+            return self._commits.begin(step, text)
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step that is complete on the drives, 0 before any is."""
+        return self._commits.committed_step if self._commits is not None else 0
+
+    # ---- called by Extent only, all but the first under the lock
+
+    def checksum_of(self, address: int, nbytes: int) -> int:
+        return best_checksum().of(address, nbytes)
+
+    def note(self, index: int, slot: int, checksum: int, writer: Ticket) -> None:
+        """The extent's current bytes are these from now on."""
+        if self._commits is not None and index >= 0:
+            self._commits.note(index, slot, checksum, writer)
+
+    def names(self, index: int, slot: int) -> bool:
+        """Whether the newest durable record or a commit in flight names that slot."""
+        return self._commits is not None and index >= 0 and self._commits.names(index, slot)
+
+    def frees(self, index: int, slot_count: int) -> Commit | None:
+        """The first commit in flight that leaves a slot of the extent to nobody once it is durable."""
+        return self._commits.frees(index, slot_count) if self._commits is not None else None
+
+    def mark_dirty(self) -> None:
+        """Before the first write over what belongs together, a store without commits says on the drive that it has no
+        step: what a killed run leaves is not mistaken for one."""
+        if self._commits is not None or self._marked_dirty:
+            return
+        path = os.path.join(self._home, DIRTY)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.write(descriptor, b"The data beside this was being updated in place, and is of no single step.\n")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageIOError(error.errno or 0, f"cannot mark the store by {path}: {error.strerror}") from error
+        self._drives[0].sync_names()
+        self._marked_dirty = True
+
     def transfer(self, kind: str, slot: Slot, address: int, keep: object) -> Ticket:
-        """Called by Extent only."""
         tickets: list[Ticket] = []
         try:
             for drive, offset, nbytes in slot:
                 tickets.append(drive.transfer(kind, offset, address, nbytes, keep))
                 address += nbytes
-                with self._counting:
-                    if kind == "read":
-                        drive.read_bytes += nbytes
-                    else:
-                        drive.write_bytes += nbytes
+                if kind == "read":
+                    drive.read_bytes += nbytes
+                else:
+                    drive.write_bytes += nbytes
         except BaseException:  # nobody would wait for those that have begun, and the caller's memory is its own again
             with contextlib.suppress(FuyouError):
                 Parts(tickets).wait()
@@ -254,13 +206,15 @@ class Store:
     def close(self) -> None:
         """Waits for what is under way, then removes the files. Every drive is closed even where one fails.
 
-        Raises the DeadlineError of a drive that does not answer, which the next call tries again, else the first failure.
+        Raises the DeadlineError of a drive that does not answer, which the next call tries again, else the first failure:
+        that of a commit that nobody waited for before those of closing.
         """
-        failures: list[FuyouError] = []
-        for drive in self._drives:
+        failures: list[Exception] = []
+        for each in (self._commits, *self._drives):
             try:
-                drive.close()
-            except FuyouError as error:
+                if each is not None:
+                    each.close()
+            except Exception as error:
                 failures.append(error)
         for category, nbytes in self._charged:
             self._ledger.discharge("nvme", category, nbytes)
@@ -272,9 +226,36 @@ class Store:
         """One line for each operation that has not ended on any drive."""
         return [line for drive in self._drives if drive.engine is not None for line in drive.engine.in_flight()]
 
-    def _charge(self, extent: Extent, slots: int, what: str) -> None:
-        self._ledger.charge("nvme", extent.category, slots * extent.nbytes, what)
-        self._charged.append((extent.category, slots * extent.nbytes))
+    def _charge(self, category: str, nbytes: int, what: str) -> None:
+        self._ledger.charge("nvme", category, nbytes, what)
+        self._charged.append((category, nbytes))
+
+    def _uncharge(self) -> None:
+        """What was charged last."""
+        self._ledger.discharge("nvme", *self._charged.pop())
+
+    def _reserve(self, wanted: Sequence[tuple[Extent, int]], undo: contextlib.ExitStack) -> None:
+        """Charge and preallocate what records of these extents' slots need beside what they have; `undo` gives it back."""
+        if self._commits is None:
+            return
+        committed = [(extent, slots) for extent, slots in wanted if extent.committed]
+        before = self._commits.reserved
+        after = before.plus(
+            extents=sum(not extent.slots for extent, _ in committed),
+            parts=sum(slots for _, slots in committed) * len(self._drives),  # at most: one on every drive
+        )
+        self._charge("staging", after.nbytes - before.nbytes, "the records of its commits")
+        undo.callback(self._uncharge)
+        undo.callback(self._commits.shrink, before)
+        self._commits.reserve(after)
+
+    def _give(self, laid: Sequence[tuple[Extent, list[Slot]]]) -> None:
+        """The extents have these slots from now on; those that records will name are in the layout before."""
+        with self.lock:
+            if self._commits is not None:
+                self._commits.place([(extent, slots) for extent, slots in laid if extent.committed])
+            for extent, slots in laid:
+                extent.take_slots(slots)
 
     def _shares(self, nbytes: int) -> Shares:
         """How to divide `nbytes` more. BudgetError without the room."""
@@ -297,16 +278,19 @@ class Store:
 
     def _grow(self, extent: Extent, slots: int) -> None:
         """`slots` more slots for `extent`, on open drives: all of them, or nothing has changed."""
-        self._charge(extent, slots, "extents for what is trained from now on")
-        before = [drive.nbytes for drive in self._drives]
-        try:
+        with self._placing, contextlib.ExitStack() as undo:
+            self._charge(extent.category, slots * extent.nbytes, "extents for what is trained from now on")
+            undo.callback(self._uncharge)
+            self._reserve([(extent, slots)], undo)
+            before = [drive.nbytes for drive in self._drives]
+            undo.callback(self._shrink, before)
             places = self._lay(self._shares(slots * extent.nbytes), extent.nbytes, slots)
             for drive, start in zip(self._drives, before, strict=True):
                 drive.preallocate(start, drive.nbytes - start)
-        except BaseException:
-            for drive, start in zip(self._drives, before, strict=True):
-                if drive.nbytes != start:
-                    drive.shrink(start)
-            self._ledger.discharge("nvme", *self._charged.pop())
-            raise
-        extent.take_slots(places)
+            self._give([(extent, places)])
+            undo.pop_all()
+
+    def _shrink(self, sizes: Sequence[int]) -> None:
+        for drive, nbytes in zip(self._drives, sizes, strict=True):
+            if drive.nbytes != nbytes:
+                drive.shrink(nbytes)
