@@ -247,7 +247,7 @@ class Run:
         )  # fmt: skip
         self._updates = Updates(
             tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
-            handover=self._gradients.handover, commit=self._commit if tiers.durable else None,
+            handover=self._gradients.handover, commit=self._commit if tiers.durable else None, at_step=config.update == "step",
             deadline_s=tiers.deadline_s, in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._gradients.start(self._updates)

@@ -47,7 +47,6 @@ class TestConfig:
         [
             ("activations", "host"),
             ("activations", "nvme"),
-            ("durability", "step"),
             ("verify_reads", True),
         ],
     )
@@ -55,7 +54,7 @@ class TestConfig:
         with pytest.raises(fuyou.ConfigError, match="not built yet"):
             fuyou.Config(**{option: value})
 
-    @pytest.mark.parametrize("option", ["precision", "activations", "durability", "io", "verify_reads"])
+    @pytest.mark.parametrize("option", ["precision", "activations", "update", "durability", "io", "verify_reads"])
     def test_impossible_value_names_the_choices(self, option):
         with pytest.raises(fuyou.ConfigError, match="is not one of"):
             fuyou.Config(**{option: "sideways"})

@@ -193,7 +193,8 @@ def test_frozen_weights_are_read_only(nvme):
     case, model, optimizer, scheduler = started("gpt", freeze_all_but_the_head)
     frozen = {name: each.detach().clone() for name, each in model.named_parameters() if not each.requires_grad}
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    with fuyou.wrap(model, optimizer, nvme, ram="320KiB", gpu="1GiB", device="cpu") as run:
+    config = fuyou.Config(update="step")  # so that a step's writes are in that step
+    with fuyou.wrap(model, optimizer, nvme, ram="320KiB", gpu="1GiB", device="cpu", config=config) as run:
         Side(case, model, run.optimizer, scheduler).steps(3)
         report = run.report().dict()
         held = {kind: report["tiers"]["nvme"]["by_category"][kind] + report["tiers"]["host"]["by_category"][kind]

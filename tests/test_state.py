@@ -379,6 +379,9 @@ def test_trainer_begins_on_a_trained_run_without_moving_state(nvme, tmp_path):
     case, model, optimizer, scheduler = started("llama")
     with fuyou.wrap(model, optimizer, nvme, ram="320KiB", gpu="1GiB", device="cpu") as run:
         Side(case, model, run.optimizer, scheduler).steps(1)
+        run.settle()
+        for unit in run._units:
+            unit.arrival.wait()  # the next forward's first blocks are on their way already
         before, seen = traffic(run), []
 
         class Begin(transformers.TrainerCallback):

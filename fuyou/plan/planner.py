@@ -67,7 +67,8 @@ class Plan:
     chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
-    `state_slots`: slots of an NVMe extent that updates rewrite. `through`: what is on the host is on NVMe too.
+    `state_slots`: slots of an NVMe extent that updates rewrite. `through`: steps are committed, so weights and state on the
+    host are on NVMe too, in `committed` extents together with the others.
     """
 
     chunk_elements: int
@@ -81,6 +82,7 @@ class Plan:
     nvme_bytes: int
     state_slots: int
     through: bool
+    committed: int
     on_host: frozenset[tuple[int, int]]
     spare: frozenset[tuple[int, int]]
 
@@ -123,7 +125,7 @@ def make_plan(
     if not durable and slots == 2 and nvme_limit_bytes is not None and nvme > nvme_limit_bytes:
         slots, nvme = 1, place.nvme_bytes(1)  # room for one of each: updates wait for `step()`
     return Plan(
-        chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, with_nvme and durable,
+        chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, durable, place.committed,
         frozenset(place.on_host), frozenset(place.spare),
     )  # fmt: skip
 
@@ -189,6 +191,7 @@ class _Placing:
         self, units: Sequence[UnitNumbers], chunk_elements: int, room: int, with_nvme: bool, durable: bool, spares: bool
     ) -> None:
         self._durable = durable
+        self.committed = 0
         self.on_host: set[tuple[int, int]] = set()
         self.spare: set[tuple[int, int]] = set()
         self._rewritten = self._once = 0  # bytes on the drives of what updates rewrite, and of the rest
@@ -226,11 +229,14 @@ class _Placing:
         return slots * self._rewritten + self._once
 
     def _count(self, unit: UnitNumbers, its: dict[str, int], on_host: bool) -> None:
-        rewritten = its["optimizer"] + (its["weights"] if unit.optimized else 0)
+        # Where steps are committed frozen weights are too: they may be trained, or written, later.
+        rewritten = its["optimizer"] + (its["weights"] if unit.optimized or self._durable else 0)
         if not on_host:
             self._once += sum(its.values()) - rewritten
         if not on_host or self._durable:
             self._rewritten += rewritten
+        if self._durable:
+            self.committed += 1 + (its["optimizer"] > 0)
 
 
 def _aligned(unit: UnitNumbers, kind: str, chunk_elements: int) -> int:

@@ -103,7 +103,7 @@ class Homes:
             for kind in ("weights", "optimizer", "gradients"):
                 for number, (_, count) in enumerate(chunk_spans(unit.elements, plan.chunk_elements)):
                     nbytes = unit.bytes_of(kind, count)
-                    rewritten = kind == "optimizer" or (kind == "weights" and unit.optimized)
+                    rewritten = kind == "optimizer" or (kind == "weights" and (unit.optimized or plan.through))
                     on_drives = (index, number) not in plan.on_host or (plan.through and rewritten)
                     if store is not None and nbytes and on_drives:
                         slots = plan.state_slots if rewritten else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fuyou.runtime.tiers import nvme_limit_bytes
 from fuyou.swap.unit import Unit
 from fuyou.tiers.device import resolve_device
 from fuyou.tiers.folders import Rooms, check_folders, refuse_without_room, rooms_of
+from fuyou.tiers.records import overhead_bytes
 
 FREE_SHARE = 0.8  # of what is free, for a budget that is not given
 
@@ -73,6 +74,9 @@ def plan_run(
         numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
         with_nvme=bool(folders), nvme_limit_bytes=limit, durable=durable, update=config.update,
     )  # fmt: skip
+    if durable:
+        records = overhead_bytes(plan.committed, plan.committed * plan.state_slots * len(folders))
+        plan = replace(plan, nvme_bytes=plan.nvme_bytes + records)
     refuse_without_room(plan.nvme_bytes, limit, rooms)
     return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
 

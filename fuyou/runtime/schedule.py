@@ -93,7 +93,6 @@ class Schedule:
         self._gauge = gauge
         self._device = device
         self._recompute = recompute
-        self._at_step = update == "step"
         self._guess = update in ("auto", "speculative")
         self.planned: Callable[[Member], MemberUpdate | None] = lambda member: None
         self._foresight = Foresight(lambda member: self.planned(member), patient=update == "auto")
@@ -296,8 +295,6 @@ class Schedule:
         record: dict[str, Any] = {}
         with self._clock.stall("update"):
             self._updates.request(wanted, record)
-            if self._at_step:
-                self._updates.settle()
         dropped = self._updates.counts["dropped"]
         self._foresight.end_step(dropped > self._dropped)
         self._dropped = dropped

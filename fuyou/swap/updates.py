@@ -50,7 +50,7 @@ class Kind(enum.IntEnum):
 class Updates:
     """See [Note: guesses]. `handover(chunk)` gives a gradient's staging (held, or None where it is at home) and the ticket
     of its bytes; `commit(step)` starts a commit (durability "step"; None: steps are not committed), once every update of
-    the step is written or on its way.
+    the step is written or on its way. `at_step`: a step is asked for and made in one.
 
     `counts`: of chunks, since the run began: guessed, accepted, dropped (guesses), deferred (firm from the start).
     `failure`: why an update of a step could not be made; the weights are then partly those of before the step.
@@ -63,6 +63,7 @@ class Updates:
         *,
         handover: Callable[[Chunk], tuple[Staging | None, Ticket]],
         commit: Callable[[int], Ticket] | None,
+        at_step: bool,
         deadline_s: float,
         in_flight: Callable[[], list[str]],
         races: Races | None = None,
@@ -71,6 +72,7 @@ class Updates:
         self._buffers = buffers
         self._handover = handover
         self._commit = commit
+        self._at_step = at_step
         self._deadline_s = deadline_s
         self._in_flight = in_flight
         self._races = races
@@ -119,6 +121,8 @@ class Updates:
         except BaseException as error:  # an interrupt too: some of the updates were asked for, and others not
             self._fail(error)
             raise
+        if self._at_step:
+            self.settle()
 
     def _request(self, wanted: dict[Chunk, dict[Member, MemberUpdate]], record: dict[str, Any]) -> None:
         missing = []
@@ -133,12 +137,12 @@ class Updates:
                 guess = self._updates.get(chunk)
                 if guess is None or not self._make_firm(guess, its):
                     missing.append(chunk)
-            self._end_step_if_over(self.step)
+            self._end_steps()
         for chunk in missing:
             gradient, ready = self._handover(chunk)
             with self._changed:
                 self._put(Update(chunk, self.step, wanted[chunk], True, gradient, ready))
-                self.counts["deferred"] += 1
+                self.counts["deferred"] += not self._at_step
                 self._changed.notify_all()
 
     def settle(self, chunk: Chunk | None = None) -> None:
@@ -291,17 +295,19 @@ class Updates:
                 )
         self._updates.pop(update.chunk, None)
         self._release(update)
-        self._end_step_if_over(update.step)
+        self._end_steps()
         self._changed.notify_all()
 
-    def _end_step_if_over(self, number: int) -> None:
-        step = self._steps.get(number)
-        if step is None or step.unpublished or step.unwritten:
-            return
-        del self._steps[number]
-        if self._commit is not None and self.failure is None:
-            self._committed = self._commit(number)
-        self._changed.notify_all()
+    def _end_steps(self) -> None:
+        """Steps that are over, in their order: one in which nothing had a gradient is over at once."""
+        while self._steps:
+            number, step = next(iter(self._steps.items()))
+            if step.unpublished or step.unwritten:
+                return
+            del self._steps[number]
+            if self._commit is not None and self.failure is None:
+                self._committed = self._commit(number)
+            self._changed.notify_all()
 
     def _release(self, update: Update) -> None:
         """→ ENDED."""
@@ -434,7 +440,7 @@ class Updates:
         self._through.append(each.through.write(each.home.address, each.home))
         with self._changed:
             self._steps[step].unwritten -= 1
-            self._end_step_if_over(step)
+            self._end_steps()
 
     def _compute_all(self) -> None:
         while True:
