@@ -160,6 +160,7 @@ class Run:
             "steps": steps,
             "step_count": self._clock.count,
             "updates": dict(self._updates.counts),
+            "update_seconds": dict(self._updates.seconds),
             "device": str(self.device),
             "drives": self._tiers.store.summary() if self._tiers.store is not None else [],
             "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},

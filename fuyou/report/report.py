@@ -20,7 +20,9 @@ class Report:
 
     def dict(self) -> dict[str, Any]:
         """`tiers.{device,host,nvme}.{budget_bytes,peak_bytes,reserve_bytes,by_category}`, `process`, `traffic`, `steps`,
-        `drives` (of each its folder, the bytes that it holds and has moved, its measured speed), `engine`, `notes`.
+        `updates` (chunks: guessed, accepted, dropped, deferred), `update_seconds` (of the threads beside training: waiting
+        for commits, writes and reads, and computing), `drives` (of each its folder, the bytes that it holds and has moved,
+        its measured speed), `engine`, `notes`.
         `by_category` is what made up the tier's peak; `reserve_bytes` are torch's temporaries."""
         return self._content
 

@@ -201,6 +201,9 @@ class Schedule:
             self._get(block)
             self._current = block
             self._prefetch("backward", block)
+            for unit in block.units:
+                for chunk in unit.chunks:
+                    self._gradients.fetch(chunk)
             self._gauge.sample()
 
     def writes_of(self, frame: Frame) -> int:

@@ -55,10 +55,11 @@ class Queue(Protocol):
 class _Open:
     """An NVMe chunk whose gradient is being put together in a staging lease."""
 
-    __slots__ = ("changed", "copies", "expected", "staging")
+    __slots__ = ("changed", "copies", "expected", "loaded", "staging")
 
-    def __init__(self, staging: Staging, expected: set[Member]) -> None:
+    def __init__(self, staging: Staging, loaded: Ticket, expected: set[Member]) -> None:
         self.staging = staging
+        self.loaded = loaded  # what was at home already; waited for before anything is read or put beside it
         self.expected = expected  # parameters whose gradient has not come yet in this backward
         self.copies: list[Ticket] = []
         self.changed = False
@@ -127,6 +128,20 @@ class Gradients:
             self._present[member] = gradient
             self._discharge_left()
             return gradient
+
+    def fetch(self, chunk: Chunk) -> None:
+        """A hint: backward is about to bring gradients for this chunk. What is to be added to comes from the drive while it
+        computes, where there is staging left for it."""
+        with self._lock:
+            if chunk.gradient is None or chunk.gradient.on_host or chunk in self._open or not chunk.gradient.written:
+                return
+            if not any(member in self._present for member, _, _ in chunk.parts):
+                return
+            staging = self._writes.try_stage([chunk.gradient])
+            if staging is not None:
+                if (closing := self._closing.pop(chunk, None)) is not None:
+                    closing[0].wait()
+                self._open_in(chunk, staging)
 
     def end_backward(self) -> None:
         """Write the chunks whose other parameters got no gradient in this backward."""
@@ -357,23 +372,31 @@ class Gradients:
     def _opened(self, chunk: Chunk) -> _Open:
         """The chunk's gradient in staging, with what is at home already loaded."""
         opened = self._open.get(chunk)
-        if opened is not None:
-            return opened
-        if (closing := self._closing.pop(chunk, None)) is not None:
-            closing[0].wait()  # started, so that the engine puts a read behind it
-        gradient = chunk.gradients
-        what = f"gradients of {chunk.unit.name}"
-        staging = self._writes.stage([gradient], what)
-        if staging is None:
-            raise MemoryError(f"no staging for {what}")  # stage(wait=True) waits or raises
+        if opened is None:
+            if (closing := self._closing.pop(chunk, None)) is not None:
+                closing[0].wait()  # started, so that the engine puts a read behind it
+            what = f"gradients of {chunk.unit.name}"
+            staging = self._writes.stage([chunk.gradients], what)
+            if staging is None:
+                raise MemoryError(f"no staging for {what}")  # stage(wait=True) waits or raises
+            opened = self._open_in(chunk, staging)
+        try:
+            opened.loaded.wait()
+        except BaseException:
+            del self._open[chunk]
+            opened.staging.release()
+            raise
+        return opened
+
+    def _open_in(self, chunk: Chunk, staging: Staging) -> _Open:
+        """What is at home is on its way into `staging`."""
         members = {member for member, _, _ in chunk.parts}
-        if gradient.written and any(member in self._present for member in members):
-            try:
-                staging.load().wait()
-            except BaseException:
-                staging.release()
-                raise
-        opened = self._open[chunk] = _Open(staging, members)
+        present = chunk.gradients.written and any(member in self._present for member in members)
+        try:
+            opened = self._open[chunk] = _Open(staging, staging.load() if present else DONE, members)
+        except BaseException:
+            staging.release()
+            raise
         return opened
 
     def _close_oldest(self) -> bool:
@@ -388,7 +411,7 @@ class Gradients:
         """Start writing an open chunk home; its staging is given back when that is done."""
         opened = self._open.pop(chunk)
         if not opened.changed:
-            _wait_all(opened.copies)
+            _wait_all(opened.copies)  # release waits for a read that is under way
             opened.staging.release()
             return
         if self._outbound is None:

@@ -193,6 +193,12 @@ class WriteBehind:
                 return None
         return Staging(ranges, lease)
 
+    def try_stage(self, ranges: Sequence[Range]) -> Staging | None:
+        """A staging where there is room for it now, and nobody has to make any."""
+        self.reap()
+        lease = self._arena.try_lease(sum(each.staging_bytes for each in ranges), "staging")
+        return None if lease is None else Staging(ranges, lease)
+
     def put(self, written: Ticket, staging: Staging) -> None:
         """Release `staging` once `written` is done, here or at the next call that needs room."""
         self._pending.append((written, staging))

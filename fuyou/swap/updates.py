@@ -15,45 +15,35 @@ needs them: the earliest deadline first, never idle while there is something to 
 from __future__ import annotations
 
 import contextlib
-import enum
 import heapq
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.races import Races
-from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
+from fuyou.core.ticket import AllOf, Failed, Ticket, wait_for
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.optimizer_state import apply_update, load_written
 from fuyou.swap.ranges import Range, Staging
 from fuyou.swap.unit import Chunk, Member
 from fuyou.swap.update import MemberUpdate, Phase, StepUpdates, Update
+from fuyou.swap.update_queue import Kind, UpdateQueue
 from fuyou.tiers.host import Lease
 
-READ_AHEAD = 8  # updates that may wait for the kernels: a more urgent one waits for these
 THROUGH_COUNT = 3  # chunks on their way from the host to the drives: reads are not to queue behind all of them
 
 
-class Kind(enum.IntEnum):
-    """What is in the queue."""
-
-    UPDATE = 0
-    THROUGH = 1
-
-
-class Updates:
+class Updates(UpdateQueue):
     """See [Note: guesses]. `handover(chunk)` gives a gradient's staging (held, or None where it is at home) and the ticket
     of its bytes; `commit(step)` starts a commit (durability "step"; None: steps are not committed), once every update of
     the step is written or on its way. `at_step`: a step is asked for and made in one.
 
-    `counts`: of chunks, since the run began: guessed, accepted, dropped (guesses), deferred (firm from the start).
-    `failure`: why an update of a step could not be made; the weights are then partly those of before the step.
+    `seconds`, since the run began, of the two threads: one waits for commits and for writes, the other for reads, and computes.
     """
 
     def __init__(
@@ -68,29 +58,17 @@ class Updates:
         in_flight: Callable[[], list[str]],
         races: Races | None = None,
     ) -> None:
+        super().__init__(buffers, commit, at_step=at_step)
         self._kernels = kernels
-        self._buffers = buffers
         self._handover = handover
-        self._commit = commit
-        self._at_step = at_step
         self._deadline_s = deadline_s
         self._in_flight = in_flight
         self._races = races
-        self._changed = threading.Condition()
-        self._queue: list[tuple] = []  # a heap of (step, not urgent, kind, place, number, update or chunk)
-        self._numbers = itertools.count()
-        self._updates: dict[Chunk, Update] = {}  # not ended
-        self._holding: dict[Update, None] = {}  # QUEUED ones that hold a gradient
-        self._read: deque[Update] = deque()  # READING, in the order in which they were begun
-        self._steps: dict[int, StepUpdates] = {}  # not committed, or not all published
-        self._committed: Ticket = DONE  # the last step whose updates are all on their way
         self._through: deque[Ticket] = deque()
         self._writes: deque[Ticket] = deque()
         self._closing = self._given_up = False
         self._threads: list[threading.Thread] = []
-        self.step = 0  # steps asked for
-        self.counts = dict.fromkeys(("guessed", "accepted", "dropped", "deferred"), 0)
-        self.failure: BaseException | None = None
+        self.seconds = dict.fromkeys(("commit", "nvme_write", "nvme_read", "adam"), 0.0)
 
     # Asking ----------------------------------------------------------------------------------------------------------
 
@@ -101,6 +79,7 @@ class Updates:
         with self._changed:
             if chunk in self._updates:
                 return False
+        self._start()
         gradient, ready = self._handover(chunk)
         with self._changed:
             self._put(Update(chunk, self.step + 1, wanted, False, gradient, ready))
@@ -126,6 +105,7 @@ class Updates:
 
     def _request(self, wanted: dict[Chunk, dict[Member, MemberUpdate]], record: dict[str, Any]) -> None:
         missing = []
+        self._start()
         with self._changed:
             self.step += 1
             self._steps[self.step] = StepUpdates(record, unpublished=len(wanted))
@@ -233,99 +213,6 @@ class Updates:
         self._updates.clear()
         self._read.clear()
 
-    # Under the lock --------------------------------------------------------------------------------------------------
-
-    def _put(self, update: Update) -> None:
-        if len(self._threads) < 2:  # a run that is never trained has none
-            self._start()
-        self._updates[update.chunk] = update
-        if update.gradient is not None:
-            self._holding[update] = None
-        heapq.heappush(self._queue, (update.step, True, Kind.UPDATE, update.chunk.place, next(self._numbers), update))
-
-    def _hurry(self, update: Update) -> None:
-        if update.phase is Phase.QUEUED:
-            heapq.heappush(
-                self._queue, (update.step, False, Kind.UPDATE, update.chunk.place, next(self._numbers), update)
-            )
-            self._changed.notify_all()
-
-    def _make_firm(self, update: Update, wanted: Mapping[Member, MemberUpdate]) -> bool:
-        """The step wants this of a chunk that was guessed. False: it must be done anew."""
-        right = update.wanted == wanted
-        self.counts["accepted" if right else "dropped"] += 1
-        if update.phase in (Phase.QUEUED, Phase.READING):  # not computed yet: what is wanted is computed
-            update.wanted, update.firm = wanted, True
-            return True
-        if not right:
-            self._discard(update)
-            return False
-        update.firm = True
-        if update.phase is Phase.AHEAD:
-            for each in update.chunk.rewritten:
-                each.accept()
-            self._publish(update)
-        return True
-
-    def _drop(self, update: Update) -> None:
-        self.counts["dropped"] += 1
-        self._discard(update)
-
-    def _discard(self, update: Update) -> None:
-        """A guess that is not wanted: forgotten, now or by the thread that has it."""
-        update.rejected = True
-        self._updates.pop(update.chunk, None)
-        if update.phase is Phase.AHEAD:
-            for each in update.chunk.rewritten:
-                each.drop()
-        if update.phase in (Phase.QUEUED, Phase.AHEAD):
-            self._release(update)
-
-    def _publish(self, update: Update) -> None:
-        """The bytes of now are those after the update's step."""
-        step = self._steps[update.step]
-        step.unpublished -= 1
-        step.nonfinite |= update.nonfinite
-        step.record["nonfinite_gradients"] = len(step.nonfinite)
-        for each in update.chunk.rewritten:
-            if each.through is not None:
-                step.unwritten += 1
-                heapq.heappush(
-                    self._queue, (update.step, True, Kind.THROUGH, update.chunk.place, next(self._numbers), each)
-                )
-        self._updates.pop(update.chunk, None)
-        self._release(update)
-        self._end_steps()
-        self._changed.notify_all()
-
-    def _end_steps(self) -> None:
-        """Steps that are over, in their order: one in which nothing had a gradient is over at once."""
-        while self._steps:
-            number, step = next(iter(self._steps.items()))
-            if step.unpublished or step.unwritten:
-                return
-            del self._steps[number]
-            if self._commit is not None and self.failure is None:
-                self._committed = self._commit(number)
-            self._changed.notify_all()
-
-    def _release(self, update: Update) -> None:
-        """→ ENDED."""
-        update.phase = Phase.ENDED
-        self._holding.pop(update, None)
-        for staging in (update.gradient, update.staging):
-            if staging is not None:
-                staging.release()
-        update.gradient = update.staging = None
-
-    def _pending(self, chunk: Chunk | None) -> bool:
-        if self.failure is not None:
-            return False
-        if chunk is None:
-            return bool(self._steps)
-        update = self._updates.get(chunk)
-        return update is not None and update.firm
-
     def _await(self, met: Callable[[], bool], what: str) -> None:
         if not self._changed.wait_for(met, self._deadline_s):
             raise DeadlineError(f"Waited {self._deadline_s:g} s for an update of {what}; {self._doing()}.")
@@ -343,6 +230,7 @@ class Updates:
     # The two threads -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        """Once something is to be done: a run that is never trained has no threads."""
         work = ((self._read_all, "fuyou-updates-read"), (self._compute_all, "fuyou-updates"))
         for run, name in work[len(self._threads) :]:
             thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
@@ -379,41 +267,18 @@ class Updates:
                     continue
                 committed = self._committed
             # No buffer is held while a commit is waited for: those whom it waits for may need one.
-            committed.wait()
+            with self._timed("commit"):
+                committed.wait()
             if kind is Kind.THROUGH:
                 self._write_through()
                 continue
-            buffer = self._buffers.take() if item.needs_buffer else None
+            buffer = None
+            if item.needs_buffer:
+                with self._timed("nvme_write"):  # a buffer is free again when what it holds is written
+                    buffer = self._buffers.take()
             update = self._take_first(buffer)
             if update is not None:
                 self._begin(update, buffer)
-
-    def _first(self) -> bool:
-        """There is something to do at the queue's head. What was dropped, or put there twice, is taken off."""
-        while self._queue:
-            kind, item = self._queue[0][2], self._queue[0][5]
-            if kind is Kind.THROUGH:
-                return True
-            if item.phase is Phase.QUEUED:
-                return len(self._read) < READ_AHEAD
-            heapq.heappop(self._queue)
-        return False
-
-    def _take_first(self, buffer: Lease | None) -> Update | None:
-        """The first update there is now: while a buffer was waited for, a more urgent one may have come, or none be left."""
-        with self._changed:
-            if self._first() and self._queue[0][2] is Kind.UPDATE:
-                update = self._queue[0][5]
-                if not (update.firm or all(each.can_write_ahead for each in update.chunk.rewritten)):
-                    self._drop(update)  # what the user wrote is in the place that a guess would need
-                elif update.needs_buffer == (buffer is not None):
-                    heapq.heappop(self._queue)
-                    update.phase = Phase.READING
-                    self._holding.pop(update, None)
-                    return update
-        if buffer is not None:
-            self._buffers.put(buffer, [])
-        return None
 
     def _begin(self, update: Update, buffer: Lease | None) -> None:
         ranges: list[Range] = [*update.chunk.rewritten]
@@ -451,22 +316,20 @@ class Updates:
                     return
                 update = self._read[0]
             try:
-                AllOf((update.loaded, update.ready)).wait()
+                with self._timed("nvme_read"):
+                    AllOf((update.loaded, update.ready)).wait()
                 with self._changed:
                     self._take_read()
                     if update.rejected:
                         self._release(update)
                         continue
                     update.phase, firm = Phase.COMPUTING, update.firm
-                self._compute(update, firm)
+                with self._timed("adam"):
+                    self._compute(update, firm)
             except Exception as error:
                 self._failed(update, error)
             while self._writes and self._writes[0].done():
                 self._writes.popleft().wait()  # raises what the drive said
-
-    def _take_read(self) -> None:
-        self._read.popleft()
-        self._changed.notify_all()
 
     def _failed(self, update: Update, error: Exception) -> None:
         """Without its update a step is torn. A guess is dropped: what is wrong will be said when the step wants it."""
@@ -516,6 +379,14 @@ class Updates:
                 if update.gradient is not None:
                     update.gradient.release()
                 update.gradient = update.staging = None
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - began
 
     def _delay(self) -> None:
         if self._races is not None:
