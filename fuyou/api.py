@@ -416,7 +416,7 @@ class Run:
         if not self._open:
             raise StateError("This run is closed: wrap the model again to train on.")
         if self._schedule.torn:
-            raise StateError(self._schedule.torn)
+            raise StateError(self._schedule.torn) from self._updates.failure
 
     def _source(self, name: str, tensor: torch.Tensor) -> TensorSource:
         member = self._members.get(id(tensor))

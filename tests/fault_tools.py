@@ -202,9 +202,11 @@ class Training:
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
         self.steps = 0
 
-    def wrap(self, nvme: Path, io: str = "auto", deadline_s: float = 60.0, ram: str = "1MiB") -> fuyou.Run:
-        """Weights and state live on NVMe: `ram` holds staging only."""
-        config = fuyou.Config(io=io, deadline_s=deadline_s)
+    def wrap(
+        self, nvme: Path, io: str = "auto", deadline_s: float = 60.0, ram: str = "1MiB", update: str = "auto"
+    ) -> fuyou.Run:
+        """Weights and state live on NVMe, but what `ram` holds beside staging."""
+        config = fuyou.Config(io=io, deadline_s=deadline_s, update=update)
         run = fuyou.wrap(self.model, self.optimizer, nvme=nvme, ram=ram, gpu="256MiB", device="cpu", config=config)
         self.optimizer = run.optimizer
         return run
@@ -245,5 +247,14 @@ def assert_empty(run: fuyou.Run) -> None:
     assert not any(held.values()), f"still charged after close: {held}"
 
 
+def without_frames(error: BaseException) -> Any:
+    """The error alone: the frames of its traceback hold tensors, which are charged as long as they live."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
+
+
 __all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks",
-           "open_or_skip", "plain", "random_pages", "reads_stopped", "run_script", "same"]  # fmt: skip
+           "open_or_skip", "plain", "random_pages", "reads_stopped", "run_script", "same", "without_frames"]  # fmt: skip

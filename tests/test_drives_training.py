@@ -17,6 +17,7 @@ import mounts
 import pytest
 import sides
 import torch
+from fault_tools import without_frames
 from jobs import SETTINGS, make_inputs, write_job
 from sides import Side
 from test_loop_freezing import freeze_all_but_the_head, gradual
@@ -83,16 +84,16 @@ class TestBits:
             assert min(each[f"{kind}_bytes"] for each in (one, two, small) for kind in ("read", "write")) > 0
 
     def test_optimizer_state_in_large_extents(self, tmp_path):
-        """Chunks large enough to be cut as they are, and traffic in the proportion of the bytes held."""
+        """State large enough to be cut as it is; weights and gradients are not, and lie whole on one drive or the other."""
 
         def model() -> nn.Module:
             torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+            return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
 
         def train(module: nn.Module, optimizer: Any) -> list[float]:
             losses = []
             for number in range(3):
-                loss = module(torch.full((2, 512), 0.01 * number)).square().mean()
+                loss = module(torch.full((2, 1024), 0.01 * number)).square().mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -101,17 +102,17 @@ class TestBits:
 
         oracle = model()
         expected = train(oracle, torch.optim.AdamW(oracle.parameters(), lr=1e-3, fused=True))
-        with mounts.drives(tmp_path, one=48 * MIB, two=48 * MIB) as places:
+        with mounts.drives(tmp_path, one=160 * MIB, two=160 * MIB) as places:
             mine = model()
             optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-3, fused=True)
-            with fuyou.wrap(mine, optimizer, nvme=places, ram="32MiB", gpu="256MiB", device="cpu") as run:
+            with fuyou.wrap(mine, optimizer, nvme=places, ram="88MiB", gpu="256MiB", device="cpu") as run:
                 assert train(mine, run.optimizer) == expected
                 report = run.report().dict()
                 drives = report["drives"]
                 assert [each["folder"] for each in drives] == [str(each) for each in places]
                 assert drives[0]["held_bytes"] > 8 * MIB
                 for name in ("held_bytes", "read_bytes", "write_bytes"):
-                    assert drives[0][name] == pytest.approx(drives[1][name], abs=0.05 * drives[0][name])
+                    assert drives[0][name] == pytest.approx(drives[1][name], abs=0.1 * drives[0][name])
                 assert sum(each["read_bytes"] for each in drives) == run._tiers.traffic()["nvme_read_bytes"]
                 table = run.report().table()
                 assert all(f"{place} holds" in table for place in places)
@@ -173,9 +174,10 @@ class TestFaults:
             step(model, run)
             run.settle()
             mounts.shut_down(goes)
-            with pytest.raises(fuyou.StorageIOError, match=f"{goes}/fuyou-store/data"):
+            with pytest.raises(fuyou.StorageIOError, match=f"{goes}/fuyou-store/data") as told:
                 for _ in range(2):
                     step(model, run)
+            without_frames(told.value)  # which hold tensors
             with pytest.raises(fuyou.FuyouError, match=str(goes)):
                 run.close()
             assert nothing_is_left(stays) and threads() == []
@@ -194,12 +196,12 @@ class TestFaults:
                 import fuyou
                 from test_drives_training import step, wrapped
                 def notes():
-                    model, run = wrapped(sys.argv[1:], ram="2MiB", config=fuyou.Config(io="io_uring"))
+                    model, run = wrapped(sys.argv[1:], ram="4MiB", config=fuyou.Config(io="io_uring"))
                     with run:
                         step(model, run)
                         return [each for each in run.report().dict()["notes"] if "not registered" in each]
                 assert notes() == []  # and all is imported that an ordinary user may not read
-                resource.setrlimit(resource.RLIMIT_MEMLOCK, (3 << 20, 3 << 20))
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (2 << 20, 2 << 20))
                 os.setgid(65534), os.setuid(65534)
                 [note] = notes()
                 print(sys.argv[1] in note, sys.argv[2] in note)

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fault_tools
 import pytest
@@ -30,6 +29,7 @@ from fault_tools import (
     random_pages,
     reads_stopped,
     same,
+    without_frames,
 )
 
 import fuyou
@@ -82,15 +82,6 @@ def close_broken(run: fuyou.Run) -> Exception | None:
     except (fuyou.FuyouError, OSError) as error:
         return without_frames(error)
     return None
-
-
-def without_frames(error: BaseException) -> Any:
-    """The error alone: the frames of its traceback hold tensors, which are charged as long as they live."""
-    each: BaseException | None = error
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
-    return error
 
 
 def train_until_refused(training: Training, steps: int) -> fuyou.FuyouError:
@@ -408,7 +399,7 @@ def test_closing_over_a_drive_that_does_not_answer_says_so_and_can_be_repeated(k
     expected = [oracle.step(), oracle.backward()]
     training = Training()
     with nothing_leaks():
-        run = training.wrap(place.folder, io=kind, deadline_s=0.4, ram="2MiB")
+        run = training.wrap(place.folder, io=kind, deadline_s=0.4, ram="3MiB")
         losses = [training.step()]
         run.settle()
         place.freeze()
@@ -432,14 +423,18 @@ def test_closing_over_a_drive_that_does_not_answer_says_so_and_can_be_repeated(k
 def test_a_step_on_a_drive_that_does_not_answer_is_torn_and_says_so(kind: str, place: Place) -> None:
     training = Training()
     with nothing_leaks():
-        run = training.wrap(place.folder, io=kind, deadline_s=0.4)
+        run = training.wrap(place.folder, io=kind, deadline_s=0.4, update="step")
         training.step()
         run.settle()
         training.backward()
         run.settle()
         place.freeze()
         with pytest.raises(DeadlineError, match=r"write \d+ bytes at \d+ of .*data"):
-            training.optimizer.step()  # there is staging for a part of it only: it waits for its own first writes
+            training.optimizer.step()
+        until = time.monotonic() + 60
+        while run._updates.failure is None:  # the update's own thread waits as long, from later on
+            assert time.monotonic() < until
+            time.sleep(0.01)
         with pytest.raises(fuyou.StateError, match="half-way.*DeadlineError.*in flight"):
             training.backward()
         place.thaw()

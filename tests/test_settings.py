@@ -108,7 +108,6 @@ def test_steps_take_whole_batches_on_and_on(tmp_path):
         ("io=posix", "io='posix'"),
         ("precision=fp16", "precision='fp16'"),
         ("activations=host", "not built yet"),
-        ("durability=step", "not built yet"),
         ("micro_batch=0", "greater than or equal to 1"),
         ("micro_batch=1.5", "integer"),
         ("verify_reads=true", "not built yet"),
