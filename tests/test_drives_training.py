@@ -17,7 +17,7 @@ import mounts
 import pytest
 import sides
 import torch
-from fault_tools import without_frames
+from fault_tools import assert_empty, without_frames
 from jobs import SETTINGS, make_inputs, write_job
 from sides import Side
 from test_loop_freezing import freeze_all_but_the_head, gradual
@@ -181,7 +181,7 @@ class TestFaults:
             with pytest.raises(fuyou.FuyouError, match=str(goes)):
                 run.close()
             assert nothing_is_left(stays) and threads() == []
-            assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
+            assert_empty(run)
             run.close()
 
     def test_memory_that_only_one_drive_may_lock_is_said_once(self):
