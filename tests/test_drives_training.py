@@ -178,6 +178,7 @@ class TestFaults:
                 for _ in range(2):
                     step(model, run)
             without_frames(told.value)  # which hold tensors
+            del told
             with pytest.raises(fuyou.FuyouError, match=str(goes)):
                 run.close()
             assert nothing_is_left(stays) and threads() == []

@@ -198,6 +198,8 @@ class Updates(UpdateQueue):
         """What is left in the queue is not made. DeadlineError where an operation does not end: call it again then."""
         self._stop()
         self._buffers.close()
+        if self.failure is not None:
+            self.failure.__traceback__ = None  # its frames hold what was computed when it was raised
 
     def _stop(self) -> None:
         with self._changed:
