@@ -107,6 +107,7 @@ class TemporariesGauge:
     REFUSING_STEPS = 2
     TRIM_SHARE = 0.75  # of the budget: from here on freed pages are given back
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
+    INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
     def __init__(self, ledger: Ledger, *, active: bool) -> None:
         self._ledger = ledger
@@ -115,6 +116,7 @@ class TemporariesGauge:
         self._highest = 0
         self._trimmed_at = 0
         self._steps = 0
+        self._next_s = 0.0
 
     def start(self) -> None:
         """From here on what is not charged is temporary: host memory is committed, the device tier nearly empty."""
@@ -123,8 +125,9 @@ class TemporariesGauge:
 
     def sample(self, leaving_bytes: int = 0) -> None:
         """`leaving_bytes`: what the caller knows of that is about to be charged."""
-        if not self._active:
+        if not self._active or (self._steps >= self.REFUSING_STEPS and time.monotonic() < self._next_s):
             return
+        self._next_s = time.monotonic() + self.INTERVAL_S
         held = self._ledger.held("device") + leaving_bytes
         uncharged = rss_bytes() - self._baseline - held
         if held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]:

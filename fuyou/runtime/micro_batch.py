@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fuyou.core.errors import FuyouError
+from fuyou.core.phase import phase
 from fuyou.runtime.rows import (
     Before,
     Call,
@@ -132,7 +133,7 @@ class MicroBatches:
             return Verdict("its forward changes its buffers", {})
         key = (block.index, block.module.training, signature(call, rows))
         if key not in self._verdicts:
-            with torch.profiler.record_function(f"fuyou::try rows {block.name}"):
+            with phase(f"fuyou::try rows {block.name}"):
                 self._verdicts[key] = tried(block, call, rows)
         return self._verdicts[key]
 

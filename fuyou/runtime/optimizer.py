@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fuyou.core.errors import ConfigError, StateError
+from fuyou.core.phase import phase
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.schedule import Schedule
@@ -92,7 +93,7 @@ class Optimizer(torch.optim.Optimizer):
             member: MemberUpdate(hyper, member.step + 1, tuple(value for value in map(values, scales) if value != 1.0))
             for member, (hyper, scales) in found.items()
         }
-        with torch.profiler.record_function("fuyou::step"):
+        with phase("fuyou::step"):
             self._schedule.step(updates)
         return loss
 

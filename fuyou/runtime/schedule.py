@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fuyou.core.errors import StateError
+from fuyou.core.phase import phase
 from fuyou.plan.planner import SLOT_BLOCKS
 from fuyou.runtime.away import Away
 from fuyou.runtime.foresight import Foresight
@@ -137,7 +138,7 @@ class Schedule:
 
         try:
             self._prefetch("forward", block)
-            with self._device.within_budget(block.name), torch.profiler.record_function(f"fuyou::forward {block.name}"):
+            with self._device.within_budget(block.name), phase(f"fuyou::forward {block.name}"):
                 result = self._micro_batches.run(block, args, kwargs, run)
             result = self._without_weight_views(result)
             if Autocast().enabled:  # its cache would keep casts of weights that are released now
@@ -241,7 +242,7 @@ class Schedule:
         if new.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients (Embedding(sparse=False)).")
         self._gauge.sample(new.numel() * new.itemsize)
-        with self._clock.stall("gradients"), torch.profiler.record_function(f"fuyou::gradient {member.name}"):
+        with self._clock.stall("gradients"), phase(f"fuyou::gradient {member.name}"):
             self._foresight.summed(member)
             gradient = self._gradients.take(member, new, old.gradient if old is not None else None)
         if old is None or old.gradient is not gradient:

@@ -22,6 +22,7 @@ from torch import nn
 
 from fuyou.core.errors import StateError
 from fuyou.core.ledger import Ledger
+from fuyou.core.phase import phase
 from fuyou.swap.snapshot import ModuleState, snapshot, tensors_in
 from fuyou.swap.unit import Unit
 from fuyou.tiers.device import Device
@@ -299,7 +300,7 @@ class Frame:
 
         args, kwargs = snapshot((self._args, self._kwargs), detach=True)
         with (
-            torch.profiler.record_function(f"fuyou::recompute {self.name}"),
+            phase(f"fuyou::recompute {self.name}"),
             self._device.within_budget(self.name),
             RandomState(self._random.device).kept(),
             self._autocast.entered(),
