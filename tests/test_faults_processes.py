@@ -283,3 +283,21 @@ def test_an_interrupt_while_a_run_waits_for_its_drive_leaves_it_closable(place: 
             run.close()
         assert_empty(run)
     assert isinstance(run, fuyou.Run)
+
+
+def test_a_program_that_ends_with_an_error_in_the_middle_of_updates_says_its_own(nvme: Path) -> None:
+    """Nobody closed the run: its threads are not met in native code by the interpreter's end, which would abort it."""
+    script = """
+        import sys
+        from fault_tools import Training
+        training = Training()
+        run = training.wrap(sys.argv[1])
+        for _ in range(3):
+            training.step()
+        raise LookupError("the user's own")
+    """
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(nvme)], capture_output=True, text=True, env=environment, cwd=REPOSITORY
+    )  # fmt: skip
+    assert ended.returncode == 1 and ended.stderr.rstrip().endswith("LookupError: the user's own"), ended.stderr

@@ -11,7 +11,7 @@ from fuyou.core.sizes import align_up, format_bytes
 PAGE_BYTES = 4096
 KINDS = ("weights", "gradients", "optimizer")
 CHUNK_ELEMENTS = tuple(2**power for power in range(22, 11, -1))  # 4 Mi (64 MiB staged in fp32) down to 4 Ki
-LARGE_CHUNK = 2**20  # elements, enough for a drive; larger ones only spare work where memory is plenty
+LARGE_CHUNK = 2**19  # elements, enough for a drive; larger ones only spare work where memory is plenty
 # Of the largest block on the device at once, where there is room: one computes, others are on their way.
 SLOT_BLOCKS = 4
 
@@ -27,7 +27,7 @@ class StagingCounts:
 
 # A drive is fast with many requests in flight, and a chunk of a small budget is one request. The few are for budgets
 # that have no room for more.
-MANY = StagingCounts(inbound=6, updates=6, gradients=16)
+MANY = StagingCounts(inbound=8, updates=12, gradients=16)
 FEW = StagingCounts(inbound=2, updates=2, gradients=0)
 # Room on the device for activations and torch's temporaries that `wrap` insists on; what a batch needs beyond it is
 # refused in its first forward or backward. CUDA: context-free workspaces of cuBLAS and the allocator's rounding too.

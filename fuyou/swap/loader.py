@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fuyou.swap.buffers import Buffers
 from fuyou.swap.unit import Chunk, Unit
 from fuyou.tiers.device import Device
 from fuyou.tiers.host import Lease
+from fuyou.tiers.worker import EXIT_S, before_exit
 
 
 class Loading:
@@ -80,6 +82,7 @@ class Loader:
         self._asked: deque[tuple[Loading, int]] = deque()  # (fetch, its next chunk) that are not read out
         self._reading: deque[tuple[Loading, int, Lease | None, Ticket]] = deque()  # the thread's own
         self._closing = False
+        self._pid = os.getpid()
         self._thread: threading.Thread | None = None
 
     def load(self, unit: Unit, ready: torch.cuda.Event | None) -> Loading:
@@ -95,6 +98,7 @@ class Loader:
                     raise StateError(
                         f"No thread is to be had for fuyou-weights-in ({error}): raise the limit of `ulimit -u`."
                     ) from error
+                before_exit(self._leave)
             self._asked.append((loading, 0))
             self._changed.notify()
         return loading
@@ -119,6 +123,14 @@ class Loader:
             if self._thread.is_alive():
                 raise DeadlineError(f"Waited {self.deadline_s:g} s to close fuyou-weights-in; {self.busy_text()}.")
         self._buffers.close()
+
+    def _leave(self) -> None:
+        if self._thread is None or self._pid != os.getpid():
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(EXIT_S)
 
     # The thread ------------------------------------------------------------------------------------------------------
 

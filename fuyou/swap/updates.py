@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import threading
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from fuyou.swap.unit import Chunk, Member
 from fuyou.swap.update import MemberUpdate, Phase, StepUpdates, Update
 from fuyou.swap.update_queue import Kind, UpdateQueue
 from fuyou.tiers.host import Lease
+from fuyou.tiers.worker import EXIT_S, before_exit
 
 THROUGH_COUNT = 3  # chunks on their way from the host to the drives: reads are not to queue behind all of them
 
@@ -67,6 +69,7 @@ class Updates(UpdateQueue):
         self._through: deque[Ticket] = deque()
         self._writes: deque[Ticket] = deque()
         self._closing = self._given_up = False
+        self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self.seconds = dict.fromkeys(("commit", "nvme_write", "nvme_read", "adam"), 0.0)
 
@@ -234,6 +237,8 @@ class Updates(UpdateQueue):
     def _start(self) -> None:
         """Once something is to be done: a run that is never trained has no threads."""
         work = ((self._read_all, "fuyou-updates-read"), (self._compute_all, "fuyou-updates"))
+        if not self._threads:
+            before_exit(self._leave)
         for run, name in work[len(self._threads) :]:
             thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
             try:
@@ -243,6 +248,15 @@ class Updates(UpdateQueue):
                     f"No thread is to be had for {name} ({error}): raise the limit of `ulimit -u`."
                 ) from error
             self._threads.append(thread)
+
+    def _leave(self) -> None:
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(EXIT_S)
 
     def _guarded(self, run: Callable[[], None]) -> None:
         try:

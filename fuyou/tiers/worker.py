@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.races import Races
 from fuyou.core.ticket import DEADLINE_S, list_text
+
+EXIT_S = 5.0  # that a program's end waits for a thread of a run that nobody closed
+
+
+def before_exit(method: Callable[[], None]) -> None:
+    """Call a bound method when the program ends, if its object still lives then. A thread that the interpreter's end meets in
+    native code would abort the process."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    atexit.register(call)
 
 
 class Job:
@@ -79,6 +96,7 @@ class Worker:
             self._thread.start()
         except RuntimeError as error:
             raise StateError(f"No thread is to be had for {name} ({error}): raise the limit of `ulimit -u`.") from error
+        before_exit(self._leave)
 
     def submit(self, run: Callable[[], None], name: str) -> Job:
         if os.getpid() != self._pid:  # a lock may be held for ever by a thread that does not exist here
@@ -101,6 +119,11 @@ class Worker:
             self._thread.join(self.deadline_s)
             if self._thread.is_alive():
                 raise DeadlineError(f"Waited {self.deadline_s:g} s to close {self._thread.name}; {self.busy_text()}.")
+
+    def _leave(self) -> None:
+        if os.getpid() == self._pid:
+            self._jobs.put(None)
+            self._thread.join(EXIT_S)
 
     def ended(self, job: Job) -> None:
         """Called by Job only."""
