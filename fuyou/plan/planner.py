@@ -156,9 +156,13 @@ def _plan_staging(
     units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool
 ) -> tuple[int, StagingCounts, tuple[int, int], int]:
     """(elements a chunk, counts, bytes of an inbound and of an update's buffer, bytes of all staging): at most half of the
-    budget where it can be, and an eighth for large chunks."""
+    budget where it can be, a quarter where it could hold a third of the state, and an eighth for large chunks."""
     if not with_nvme:
         return CHUNK_ELEMENTS[0], FEW, (0, 0), 0
+    state = sum(each.bytes_of(kind, each.elements) for each in units for kind in KINDS)
+    part = (
+        2 if ram_bytes < state // 3 else 4
+    )  # fast traffic matters more than less of it, until there could be much less
     # Frozen units count as if they were trained: they may be, later, and must then pass through the same staging.
     units = [replace(each, trainable=True, optimized=True) for each in units]
 
@@ -172,7 +176,7 @@ def _plan_staging(
     for counts, chunks in ((MANY, CHUNK_ELEMENTS), (FEW, CHUNK_ELEMENTS[-4:])):
         for chunk in chunks:
             buffers, staging = staging_of(chunk, counts)
-            if staging <= ram_bytes // (2 if chunk <= LARGE_CHUNK else 8):
+            if staging <= ram_bytes // (part if chunk <= LARGE_CHUNK else 8):
                 return chunk, counts, buffers, staging
     if staging > ram_bytes:
         raise BudgetError(

@@ -377,7 +377,12 @@ class Updates(UpdateQueue):
         with torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
             apply_update(self._kernels, chunk, weights, state, gradient, update.wanted, update.nonfinite)
         # Stored without the lock: who is waiting for it needs none of this. Nobody ends a COMPUTING update but us.
-        self._writes.append(staging.store(0, 1, ahead=not firm))
+        # What is on the host is there already; _publish has it written through.
+        moved = [index for index in (0, 1) if not staging.ranges[index].on_host]
+        if moved:
+            self._writes.append(staging.store(*moved, ahead=not firm))
+        for each in chunk.rewritten:
+            each.written = True
         with self._changed:
             self._changed.notify_all()
             if update.rejected:
