@@ -197,7 +197,7 @@ class TestFaults:
                 import fuyou
                 from test_drives_training import step, wrapped
                 def notes():
-                    model, run = wrapped(sys.argv[1:], ram="4MiB", config=fuyou.Config(io="io_uring"))
+                    model, run = wrapped(sys.argv[1:], ram="8MiB", config=fuyou.Config(io="io_uring"))
                     with run:
                         step(model, run)
                         return [each for each in run.report().dict()["notes"] if "not registered" in each]
