@@ -399,7 +399,7 @@ def test_closing_over_a_drive_that_does_not_answer_says_so_and_can_be_repeated(k
     expected = [oracle.step(), oracle.backward()]
     training = Training()
     with nothing_leaks():
-        run = training.wrap(place.folder, io=kind, deadline_s=0.4, ram="3MiB")
+        run = training.wrap(place.folder, io=kind, deadline_s=0.4, ram="2500KB", update="step")
         losses = [training.step()]
         run.settle()
         place.freeze()
