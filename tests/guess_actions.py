@@ -270,7 +270,13 @@ GRADIENTS: dict[str, Act] = {
     "held grads changed": _change_held,
     "clip_grad_norm_ bites": clip(0.01),
     "clip_grad_norm_ does not": clip(1e6),
-    "clip_grad_value_": lambda user: torch.nn.utils.clip_grad_value_(user.model.parameters(), 1e-3),
+    "clip_grad_value_": lambda user: (
+        torch.nn.utils.clip_grad_value_(  # torch refuses a list without any gradient
+            user.model.parameters(), 1e-3
+        )
+        if any(each.grad is not None for each in user.model.parameters())
+        else None
+    ),
     "zero_grad()": lambda user: user.optimizer.zero_grad(),
     "model.zero_grad(zeros)": lambda user: user.model.zero_grad(set_to_none=False),
     "inf": put(float("inf")),
