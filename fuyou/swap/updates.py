@@ -317,6 +317,8 @@ class Updates(UpdateQueue):
         while len(self._through) >= THROUGH_COUNT:
             self._through.popleft().wait()
         with self._changed:
+            if not (self._first() and self._queue[0][2] is Kind.THROUGH):
+                return  # while we waited, or a step was being asked for, an update came that is more urgent
             step, _, _, _, _, each = heapq.heappop(self._queue)
         self._through.append(each.through.write(each.home.address, each.home))
         with self._changed:
