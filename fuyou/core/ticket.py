@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from fuyou.core.errors import DeadlineError
+
 # The default of Config.deadline_s, and of whatever is made without one. Generous: a wait longer than this is a fault to be
 # told, not patience to be had.
 DEADLINE_S = 300.0
@@ -79,3 +81,18 @@ def wait_for(tickets: Sequence[Ticket], timeout_s: float | None = None) -> None:
     deadline = time.monotonic() + timeout_s
     for ticket in tickets:
         ticket.wait(max(0.0, deadline - time.monotonic()))
+
+
+def await_ended(tickets: Sequence[Ticket], until: float) -> None:
+    """Every one of `tickets` has ended, well or not: nothing moves its memory any more. DeadlineError where one has not at
+    `until`, a time of time.monotonic()."""
+    for ticket in tickets:
+        while not ticket.done():
+            try:
+                ticket.wait(max(0.0, until - time.monotonic()))
+            except DeadlineError:
+                raise
+            except Exception as error:  # of the writer before a read, which itself may not have ended
+                if time.monotonic() > until:
+                    raise DeadlineError(f"An operation is still under way after an error: {error}") from error
+                time.sleep(1e-3)

@@ -11,7 +11,7 @@ from fuyou.core.sizes import align_up, format_bytes
 PAGE_BYTES = 4096
 KINDS = ("weights", "gradients", "optimizer")
 CHUNK_ELEMENTS = tuple(2**power for power in range(22, 11, -1))  # 4 Mi (64 MiB staged in fp32) down to 4 Ki
-LARGE_CHUNK = 2**19  # elements, enough for a drive; larger ones only spare work where memory is plenty
+LARGE_CHUNK = 2**20  # elements, enough for a drive; larger ones only spare work where memory is plenty
 # Of the largest block on the device at once, where there is room: one computes, others are on their way.
 SLOT_BLOCKS = 4
 
@@ -20,14 +20,14 @@ SLOT_BLOCKS = 4
 class StagingCounts:
     """How many pieces of host memory, each for one chunk, traffic goes through."""
 
-    inbound: int  # weights on their way to the device
+    inbound: int  # weights on their way to the device; a CPU's are read to where they are used, and take none
     updates: int  # weights, state and gradient of an update: being read, computed or written
     gradients: int  # on their way home, or waiting for their update
 
 
-# A drive is fast with many requests in flight, and a chunk of a small budget is one request. The few are for budgets
-# that have no room for more.
-MANY = StagingCounts(inbound=8, updates=12, gradients=16)
+# Bytes in flight make a drive fast, and each chunk costs the processor the same, however large it is: so rather large
+# chunks than many. The few are for budgets that have no room for more.
+MANY = StagingCounts(inbound=4, updates=6, gradients=8)
 FEW = StagingCounts(inbound=2, updates=2, gradients=0)
 # Room on the device for activations and torch's temporaries that `wrap` insists on; what a batch needs beyond it is
 # refused in its first forward or backward. CUDA: context-free workspaces of cuBLAS and the allocator's rounding too.
@@ -115,7 +115,7 @@ def make_plan(
     """
     working = WORKING_BYTES[device_kind]
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
-    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme)
+    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme, device_kind)
     guesses = update in ("auto", "speculative")
     # Without a GPU the update of what is in memory takes from compute what it takes, earlier or later.
     spares = update == "speculative" or (guesses and device_kind == "cuda")
@@ -153,7 +153,7 @@ def _plan_device(units: Sequence[UnitNumbers], gpu_bytes: int, working: int, buf
 
 
 def _plan_staging(
-    units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool
+    units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool, device_kind: str
 ) -> tuple[int, StagingCounts, tuple[int, int], int]:
     """(elements a chunk, counts, bytes of an inbound and of an update's buffer, bytes of all staging): at most half of the
     budget where it can be, a quarter where it could hold a third of the state, and an eighth for large chunks."""
@@ -168,10 +168,11 @@ def _plan_staging(
 
     def staging_of(chunk: int, counts: StagingCounts) -> tuple[tuple[int, int], int]:
         weights = max((_aligned(each, "weights", chunk) for each in units), default=PAGE_BYTES)
+        inbound = 0 if device_kind == "cpu" else weights
         update = max((sum(_aligned(each, kind, chunk) for kind in KINDS) for each in units), default=PAGE_BYTES)
         # One more update's worth for what a user reads and writes between steps.
-        total = counts.inbound * weights + counts.updates * update + counts.gradients * weights + update
-        return (weights, update), total
+        total = counts.inbound * inbound + counts.updates * update + counts.gradients * weights + update
+        return (inbound, update), total
 
     for counts, chunks in ((MANY, CHUNK_ELEMENTS), (FEW, CHUNK_ELEMENTS[-4:])):
         for chunk in chunks:

@@ -8,7 +8,7 @@ from collections import deque
 
 from fuyou.core.errors import DeadlineError
 from fuyou.core.races import Races
-from fuyou.core.ticket import Ticket
+from fuyou.core.ticket import Ticket, await_ended
 from fuyou.tiers.host import Arena, Lease
 
 
@@ -49,7 +49,7 @@ class Buffers:
                         raise DeadlineError(f"Waited {self._deadline_s:g} s for a staging buffer: none came back.")
                     continue
                 moves = list(self._busy[0][1])
-            _ended(moves, until)
+            await_ended(moves, until)
 
     def close(self) -> None:
         with self._changed:
@@ -65,17 +65,3 @@ class Buffers:
             if self._races is not None:
                 self._races.fill(lease.data)
             self._free.append(lease)
-
-
-def _ended(moves: list[Ticket], until: float) -> None:
-    """Every one of `moves` has ended, well or not."""
-    for move in moves:
-        while not move.done():
-            try:
-                move.wait(max(0.0, until - time.monotonic()))
-            except DeadlineError:
-                raise
-            except Exception as error:  # of the writer before a read, which itself may not have ended
-                if time.monotonic() > until:
-                    raise DeadlineError(f"A staging buffer is still in use after an error: {error}") from error
-                time.sleep(1e-3)

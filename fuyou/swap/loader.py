@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.races import Races
-from fuyou.core.ticket import DONE, Ticket, list_text
+from fuyou.core.ticket import DONE, Ticket, await_ended, list_text
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.unit import Chunk, Unit
 from fuyou.tiers.device import Device
@@ -20,18 +21,20 @@ from fuyou.tiers.worker import EXIT_S, before_exit
 
 
 class Loading:
-    """One fetch on its way: the ticket of its last chunk's copy being queued (on a CPU: made).
+    """One fetch on its way: the ticket of its last chunk's copy being queued (on a CPU: of its last chunk being there).
 
-    Cancelled, it copies no further, and the unit's memory is somebody else's from then on: `lock` is held around each copy.
+    Cancelled, nothing more of it begins, and the unit's memory is somebody else's once what began has ended: `lock` is
+    held around each beginning.
     """
 
-    __slots__ = ("_ended", "_error", "_loader", "cancelled", "lock", "ready", "unit")
+    __slots__ = ("_ended", "_error", "_loader", "cancelled", "lock", "moves", "ready", "unit")
 
     def __init__(self, unit: Unit, ready: torch.cuda.Event | None, loader: Loader) -> None:
         self.unit = unit
         self.ready = ready  # the copies wait for the kernels that used the memory before
         self.cancelled = False
         self.lock = threading.Lock()
+        self.moves: list[Ticket] = []  # reads straight into the unit's memory
         self._loader = loader
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -40,6 +43,17 @@ class Loading:
         if not self._ended.is_set():
             self._error = error
             self._ended.set()
+
+    def cancel(self) -> bool:
+        """True: nothing moves the unit's memory any more. False: a drive still does."""
+        with self.lock:  # a copy that has begun ends first; none begins later
+            self.cancelled = True
+        return all(move.done() for move in self.moves)
+
+    def end_moves(self) -> None:
+        """`cancel`, and wait for the drives. DeadlineError where one does not answer."""
+        self.cancel()
+        await_ended(self.moves, time.monotonic() + self._loader.deadline_s)
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -55,17 +69,19 @@ class Loading:
 
 
 class Loader:
-    """Reads the chunks of units in the order in which they were asked for, as many at once as it has buffers.
+    """Reads the chunks of units in the order in which they were asked for, `count` at once.
 
-    The buffers are its own: a fetch can then never wait for memory that its waiter holds. `settle(chunk)` waits for an
-    update of the chunk, `pending(chunk)` says whether it would.
+    A CPU's memory is read into as it is. For a GPU `buffers`, `count` of them, lie between: they are the loader's own, so
+    that a fetch can never wait for memory that its waiter holds. `settle(chunk)` waits for an update of the chunk,
+    `pending(chunk)` says whether it would.
     """
 
     def __init__(
         self,
         device: Device,
-        buffers: Buffers,
+        buffers: Buffers | None,
         *,
+        count: int,
         settle: Callable[[Chunk], None],
         pending: Callable[[Chunk], bool],
         in_flight: Callable[[], list[str]],
@@ -74,6 +90,7 @@ class Loader:
         self.deadline_s = device.deadline_s
         self._device = device
         self._buffers = buffers
+        self._count = count
         self._settle = settle
         self._pending = pending
         self._in_flight = in_flight
@@ -122,7 +139,8 @@ class Loader:
             self._thread.join(self.deadline_s)
             if self._thread.is_alive():
                 raise DeadlineError(f"Waited {self.deadline_s:g} s to close fuyou-weights-in; {self.busy_text()}.")
-        self._buffers.close()
+        if self._buffers is not None:
+            self._buffers.close()
 
     def _leave(self) -> None:
         if self._thread is None or self._pid != os.getpid():
@@ -145,8 +163,7 @@ class Loader:
                 if (self._reading and self._reading[0][3].done()) or not self._start_next():
                     self._finish_oldest()
         for loading, _, buffer, read in self._reading:
-            if buffer is not None:
-                self._buffers.put(buffer, [read])
+            self._put(buffer, [read])
             loading.end()
         self._reading.clear()
 
@@ -164,28 +181,43 @@ class Loader:
             if loading.cancelled:
                 loading.end()
             return True
-        if self._reading and self._pending(chunk):
+        if self._reading and (self._pending(chunk) or len(self._reading) >= self._count):
             return False
         buffer = None
-        if not chunk.weights.on_host:
+        if self._buffers is not None and not chunk.weights.on_host:
             buffer = self._buffers.try_take()
             if buffer is None and self._reading:
                 return False
         try:
             self._settle(chunk)
-            if buffer is None and not chunk.weights.on_host:
+            if buffer is None and self._buffers is not None and not chunk.weights.on_host:
                 buffer = self._buffers.take()
             self._delay()
-            read = DONE if buffer is None else chunk.weights.home.read(buffer.address, buffer)  # type: ignore[union-attr]
+            read = self._read(loading, chunk, buffer)
         except BaseException as error:
-            if buffer is not None:
-                self._buffers.put(buffer, [])
+            self._put(buffer, [])
             self._give_up(loading, error)
             return True
         with self._changed:
             self._asked[0] = (loading, index + 1)
         self._reading.append((loading, index, buffer, read))
         return True
+
+    def _read(self, loading: Loading, chunk: Chunk, buffer: Lease | None) -> Ticket:
+        home = chunk.weights.home
+        if isinstance(home, Lease):
+            return DONE
+        if buffer is not None:
+            return home.read(buffer.address, buffer)
+        with loading.lock:
+            if loading.cancelled:
+                return DONE
+            # Extents and a unit's memory are whole pages, and a chunk begins at one: what is read beyond its bytes is the
+            # rest of its last page.
+            memory = loading.unit.memory
+            read = home.read(memory.address + chunk.start * loading.unit.dtype.itemsize, memory)
+            loading.moves.append(read)
+            return read
 
     def _finish_oldest(self) -> None:
         if not self._reading:
@@ -194,25 +226,33 @@ class Loader:
         chunk, moves = loading.unit.chunks[index], [read]
         try:
             read.wait()
-            data = chunk.weights.home.data if buffer is None else buffer.data  # type: ignore[union-attr]
-            moves = [self._copy(loading, chunk, data)]
+            moves = [self._copy(loading, chunk, buffer)]
             if index + 1 == len(loading.unit.chunks):
                 loading.end()
         except BaseException as error:
             self._give_up(loading, error)
         self._reading.popleft()
-        if buffer is not None:
-            self._buffers.put(buffer, moves)
+        self._put(buffer, moves)
 
-    def _copy(self, loading: Loading, chunk: Chunk, data: torch.Tensor) -> Ticket:
+    def _copy(self, loading: Loading, chunk: Chunk, buffer: Lease | None) -> Ticket:
+        """To the unit's memory from where the chunk is on the host, if it is not there by now."""
         unit = loading.unit
+        nbytes = chunk.count * unit.dtype.itemsize
+        source = chunk.weights.home if buffer is None else buffer
+        if not isinstance(source, Lease):
+            self._device.count_in(nbytes)
+            return DONE
         with loading.lock:
             if loading.cancelled:
                 return DONE
-            itemsize = unit.dtype.itemsize
-            target = unit.memory.tensor[chunk.start * itemsize : chunk.stop * itemsize]
-            unit.copied = self._device.copy_in(target, data[: target.numel()], loading.ready)
+            start = chunk.start * unit.dtype.itemsize
+            target = unit.memory.tensor[start : start + nbytes]
+            unit.copied = self._device.copy_in(target, source.data[:nbytes], loading.ready)
             return unit.copied  # set under the lock: who cancels orders the memory behind it
+
+    def _put(self, buffer: Lease | None, moves: list[Ticket]) -> None:
+        if buffer is not None and self._buffers is not None:
+            self._buffers.put(buffer, moves)
 
     def _give_up(self, loading: Loading, error: BaseException) -> None:
         loading.cancelled = True  # what else of it is being read is not copied

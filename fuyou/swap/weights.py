@@ -70,15 +70,14 @@ class Swapper:
     def fetch(self, unit: Unit, *, needed: bool = False) -> bool:
         """Start bringing a unit in; True when it is on its way or there. A hint (not `needed`) gives up for want of room."""
         with self._lock:
+            if unit.residency is Residency.LOADING and self._loads[unit].cancelled:
+                self._drop(unit)  # a drive that did not answer held its memory; it may answer now
             if unit.residency is not Residency.ABSENT:
                 self._resident.move_to_end(unit)
                 return True
-            if unit not in self._resident:  # a pinned unit whose weights went stale keeps its memory
-                if not self._make_room(unit, needed):
-                    return False
-                unit.memory.take()
-                self._resident[unit] = None
-                self._resident_bytes += unit.nbytes
+            # A pinned unit whose weights went stale keeps its memory.
+            if unit not in self._resident and not self._take_memory(unit, needed):
+                return False
             unit.residency = Residency.LOADING
             # The copies wait for the kernels that used this memory before.
             unit.arrival = self._loads[unit] = self._loader.load(unit, self._device.mark())
@@ -95,8 +94,9 @@ class Swapper:
                 unit.arrival.wait()
             except BaseException:
                 unit.users -= 1
-                self._drop(unit)  # without waiting for it once more
-                raise
+                if self._loads[unit].cancel():
+                    self._drop(unit)
+                raise  # otherwise a drive that does not answer has the memory still: the next fetch looks again
             self._device.join(unit.copied)
             unit.residency = Residency.IN_USE
             self._bind(unit)
@@ -196,15 +196,37 @@ class Swapper:
 
     # Within ----------------------------------------------------------------------------------------------------------
 
-    def _make_room(self, unit: Unit, needed: bool) -> bool:
-        """Charge the unit, after evicting what nobody uses. On True it is charged."""
+    def _take_memory(self, unit: Unit, needed: bool) -> bool:
+        """Charge the unit and give it memory: an evicted one's where that can be, which spares clearing it."""
+        vacated: list[Unit] = []
+        taken = False
+        try:
+            if not self._make_room(unit, needed, vacated):
+                return False
+            while vacated and not taken:
+                taken = unit.memory.take_over(vacated[-1].memory)
+                if taken:
+                    vacated.pop()
+                else:
+                    vacated.pop().memory.give_back()
+        finally:
+            for each in vacated:
+                each.memory.give_back()
+        if not taken:
+            unit.memory.take()
+        self._resident[unit] = None
+        self._resident_bytes += unit.nbytes
+        return True
+
+    def _make_room(self, unit: Unit, needed: bool, vacated: list[Unit]) -> bool:
+        """Charge the unit, after evicting what nobody uses: those go to `vacated` with their memory. On True it is charged."""
         while True:
             fits = self._resident_bytes + unit.nbytes <= self._limit_bytes
             if fits and self._ledger.try_charge("device", "weights", unit.nbytes):
                 return True
             victim = self._victim(needed)
             if victim is not None:
-                self._drop(victim)
+                self._drop(victim, vacated)
                 continue
             if not needed:
                 return False
@@ -232,19 +254,21 @@ class Swapper:
             return False
         return torch._C._storage_Use_Count(unit.flat.untyped_storage()._cdata) > self._own_references[unit]
 
-    def _drop(self, unit: Unit) -> None:
-        """→ ABSENT. The memory goes too, a pinned unit's excepted."""
+    def _drop(self, unit: Unit, vacated: list[Unit] | None = None) -> None:
+        """→ ABSENT. The memory goes too, to `vacated` where there is one; a pinned unit keeps it. DeadlineError, and nothing
+        has changed, where a drive goes on reading into it."""
         if unit.residency is Residency.LOADING:  # its error belongs to a get, and there will be none
-            loading = self._loads[unit]
-            with loading.lock:  # a copy that has begun ends first; none begins later
-                loading.cancelled = True
+            self._loads[unit].end_moves()
         if unit.residency is Residency.IN_USE:
             self._unbind(unit)
         self._device.join(unit.copied)  # the memory is freed in compute-stream order, so behind the copies
         unit.residency = Residency.ABSENT
         if unit.pinned:
             return
-        unit.memory.give_back()
+        if vacated is None:
+            unit.memory.give_back()
+        else:
+            vacated.append(unit)
         self._resident.pop(unit)
         self._resident_bytes -= unit.nbytes
         self._ledger.discharge("device", "weights", unit.nbytes)

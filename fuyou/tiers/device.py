@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
 from fuyou.core.races import Races
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
+from fuyou.tiers.pages import Pages
 from fuyou.tiers.worker import Worker
 
 THREAD_COPY_BYTES = 128 << 10  # from here on memcpy takes longer than handing it to a thread
@@ -61,7 +61,8 @@ class DeviceMemory:
 
     `tensor` is a (nbytes,) uint8 view whose storage never changes, so views that autograd saved stay valid names. CUDA:
     the storage is resized; the caching allocator orders its memory by the compute stream. CPU: an address range of its
-    own whose pages are dropped; torch's allocator would keep them in the heap, beyond every budget.
+    own whose pages are dropped, or handed on to another one; torch's allocator would keep them in the heap, beyond every
+    budget.
 
     With `races` the bytes are NaN from `take` until something is copied there, and after `give_back`. On a CPU the pages
     then stay: dropped ones would read as zeros, which look like weights.
@@ -70,27 +71,39 @@ class DeviceMemory:
     def __init__(self, nbytes: int, device: torch.device, races: Races | None = None) -> None:
         self._nbytes = nbytes
         self._races = races
-        self._map: mmap.mmap | None = None
+        self._pages: Pages | None = None
         if device.type == "cuda":
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
             self._storage = self.tensor.untyped_storage()
             self._storage.resize_(0)
         else:
-            self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # large pages: a fetch touches every page anew
-                with contextlib.suppress(AttributeError, OSError):
-                    self._map.madvise(getattr(mmap, advice))
-            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+            self._pages = Pages(nbytes)
+            self.tensor = self._pages.bytes
             if races is not None:
                 races.fill(self.tensor)
 
+    @property
+    def address(self) -> int:
+        """Of its first byte, on a CPU; its last page is its own to the end."""
+        return self.tensor.data_ptr()
+
     def take(self) -> None:
-        if self._map is None:
+        if self._pages is None:
             self._storage.resize_(self._nbytes)
             if self._races is not None:  # on the compute stream, so before the `ready` that copies in wait for
                 self._races.fill(self.tensor)
         elif self._races is not None:
             self._races.check(self.tensor, f"a slot of {self._nbytes} bytes on the device")
+
+    def take_over(self, other: DeviceMemory) -> bool:
+        """Instead of `take`, and of `give_back` of `other`, whose bytes nobody uses any more: its pages move here, so that
+        they need not be cleared. False where that cannot be, and nothing has changed."""
+        if self._pages is None or other._pages is None or self._races is not None:
+            return False
+        if not self._pages.take_over(other._pages):
+            return False
+        other._pages.drop()  # where it is the larger one
+        return True
 
     def give_back(self) -> None:
         """Nothing queued later may read the bytes. CUDA: earlier kernels of the compute stream still may."""
@@ -100,10 +113,10 @@ class DeviceMemory:
             # until resize_, which only returns the block to the allocator: the queued fill stays valid. A copy on a side
             # stream that nothing orders ahead of this meets NaN.
             self._races.fill(self.tensor)
-        if self._map is None:
+        if self._pages is None:
             self._storage.resize_(0)
         elif self._races is None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+            self._pages.drop()
 
 
 class Device:
@@ -183,8 +196,7 @@ class Device:
     ) -> Ticket:
         """host → device, behind `ready` and the copies `after`. `target` and `source`: contiguous, equal bytes."""
         nbytes = source.numel() * source.itemsize
-        with self._counting:
-            self.host_to_device_bytes += nbytes
+        self.count_in(nbytes)
         if not self.is_cuda:
             self._late()
             copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
@@ -199,6 +211,11 @@ class Device:
             target.copy_(source, non_blocking=True)
             what = f"a copy of {nbytes} bytes from the host to {self.device}"
             return EventTicket(self.h2d_stream.record_event(), source, what, self.deadline_s)
+
+    def count_in(self, nbytes: int) -> None:
+        """Bytes that came to the device, here or by a drive that read them into a CPU's memory."""
+        with self._counting:
+            self.host_to_device_bytes += nbytes
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
         """device → host, after all that the compute stream holds so far. Contiguous, equal bytes; the source must not be

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 import time
 from collections import Counter
@@ -16,9 +14,8 @@ from fuyou.core.ledger import Ledger
 from fuyou.core.races import Races
 from fuyou.core.sizes import align_up, format_bytes
 from fuyou.core.ticket import DEADLINE_S, Ticket
+from fuyou.tiers.pages import PAGE_BYTES, Pages
 
-PAGE_BYTES = 4096
-HUGE_BYTES = 2 << 20  # of x86-64, and of arm64 with 4 KiB pages
 LATE_POLL_S = 0.05  # nobody tells an arena that an operation has ended
 
 
@@ -53,12 +50,12 @@ class Lease:
 
 
 class Arena:
-    """One anonymous mapping of exactly `nbytes` (rounded up to a page), sub-allocated first-fit.
+    """One mapping of exactly `nbytes` (rounded up to a page), sub-allocated first-fit.
 
     torch's pinned allocator rounds every block up to a power of two (pytorch#150517); this one rounds to the page. A
-    forked child does not inherit it (MADV_DONTFORK), so DataLoader workers neither double it nor copy it on write. It
-    lies on huge pages where the kernel gives them: a drive then gets few large segments instead of many small ones
-    (scripts/bench_io.py shows what that is worth).
+    forked child does not inherit it, so DataLoader workers neither double it nor copy it on write. It lies on huge pages
+    where the kernel gives them: a drive then gets few large segments instead of many small ones (scripts/bench_io.py
+    shows what that is worth).
     With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
     With `races` what is not leased is poisoned: a view that outlives its lease, or a lease read before anything was put
     there, shows NaN, and what is written to bytes that nobody holds is a StateError of whoever leases them next.
@@ -84,9 +81,9 @@ class Arena:
         self._held: Counter[str] = Counter()  # bytes by category, for a message
         self._deadline_s = deadline_s
         self._races = races
-        self._map: mmap.mmap | None = _map(self.nbytes)
-        self.bytes = _huge(self._map, self.nbytes)
-        self.address = self.bytes.data_ptr()
+        self._pages: Pages | None = Pages(self.nbytes)
+        self.bytes = self._pages.bytes
+        self.address = self._pages.address
         if pin:
             self._pin()
         if races is not None:
@@ -160,13 +157,13 @@ class Arena:
 
     def close(self) -> None:
         """Give the pages back to the system, whoever still holds a view. Idempotent."""
-        if self._map is None:
+        if self._pages is None:
             return
         self.reap()
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
-        self._map.madvise(mmap.MADV_DONTNEED)  # a view that outlives us reads zeros, and costs nothing
-        self._map = None  # and no close(): torch's views keep the mapping object alive, but would not keep it mapped
+        self._pages.drop()  # a view that outlives us reads zeros, and costs nothing
+        self._pages = None
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
     def _take(self, nbytes: int, category: str) -> Lease | None:
@@ -196,23 +193,3 @@ class Arena:
                 "through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
             )
 
-
-def _map(nbytes: int) -> mmap.mmap:
-    """Address space for `nbytes` from a multiple of HUGE_BYTES on. What is never touched of it costs nothing."""
-    slack = HUGE_BYTES - PAGE_BYTES if nbytes >= HUGE_BYTES else 0
-    mapping = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_DONTFORK"):
-        mapping.madvise(mmap.MADV_DONTFORK)
-    return mapping
-
-
-def _huge(mapping: mmap.mmap, nbytes: int) -> torch.Tensor:
-    """The (nbytes,) uint8 tensor in `mapping`, on huge pages as far as they are whole."""
-    start = (
-        -torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr() % HUGE_BYTES if nbytes >= HUGE_BYTES else 0
-    )
-    whole = nbytes - nbytes % HUGE_BYTES  # not the rest: a huge page there would hold more than the budget
-    if whole and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=start, count=nbytes)
