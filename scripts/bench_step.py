@@ -9,6 +9,10 @@ a slow minute of the machine hits both. A turn is timed from the end of a step t
 for the next forward is paid in it. Medians of the turns are compared. The losses of all steps are compared too: they must
 be equal to the bit.
 
+A third turn is plain PyTorch's again, on a model of its own, while another process moves the bytes a second of fuyou's
+turn, in the same mix, with next to no processor time: a drive's work takes memory bandwidth, and on a virtual machine the
+host's processors, from whoever computes beside it. No schedule can be faster than that.
+
 The drive is measured in the same rounds, for the mix of reads and writes that fuyou's turn had. fuyou's step can be no
 shorter than the larger of plain's compute and its bytes over that speed; the target is 1.15 times that (at 16 x 256 the
 larger is plain by far: 1.15 times plain).
@@ -20,6 +24,7 @@ model afterwards, once for each of a few settings: its best is printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import statistics
@@ -32,7 +37,7 @@ from typing import Any
 import torch
 from bench_deepspeed import SETTINGS
 from bench_gpt import LAYERS, VOCABULARY, Gpt
-from bench_tools import DriveGauge, Turn, machine, timed_turn, write_json
+from bench_tools import BusyDrive, DriveGauge, Turn, machine, timed_turn, write_json
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,22 +103,33 @@ def bench_shape(rows: int, length: int, args: argparse.Namespace, folder: Path, 
     passed = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True)
     config = fuyou.Config(activations="recompute", io=args.io, update=args.update, durability=args.durability)
     ram = args.ram or STATE_BYTES * parameters // 4
+    beside = Gpt(checkpointed=True, layers=args.layers, max_tokens=length)
+    beside.load_state_dict(plain.state_dict())
+    beside.to(device)
     generator = torch.Generator().manual_seed(1)
-    speeds = []
-    with fuyou.wrap(wrapped, passed, nvme=folder, ram=ram, gpu=args.gpu, device=args.device, config=config) as run:
+    speeds, paces = [], []
+    with (
+        contextlib.closing(BusyDrive(folder.parent)) as busy,
+        fuyou.wrap(wrapped, passed, nvme=folder, ram=ram, gpu=args.gpu, device=args.device, config=config) as run,
+    ):
         sides = [
             Side(plain, torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True), device),
             Side(run.model, run.optimizer, device, run),
+            Side(beside, torch.optim.AdamW(beside.parameters(), lr=1e-4, fused=True), device),
         ]
         for _ in range(args.rounds):
             shape = (args.warmup + args.steps, rows, length)
             batches = list(torch.randint(0, VOCABULARY, shape, generator=generator).to(device))
-            for side in sides:
+            for side in sides[:2]:
                 turn = side.turn(batches, args.warmup)
             moved = turn.read_bytes + turn.write_bytes
-            speeds.append(gauge.bytes_per_s(turn.read_bytes / max(1, moved)))
+            share = turn.read_bytes / max(1, moved)
+            speeds.append(gauge.bytes_per_s(share))
+            busy.start(share, max(1, moved) / turn.seconds)
+            sides[2].turn(batches, args.warmup)
+            paces.append(busy.stop())
         report = run.report().dict()
-    plain_s, fuyou_s = (side.step_s for side in sides)
+    plain_s, fuyou_s, beside_s = (side.step_s for side in sides)
     read, write = (
         statistics.median(getattr(turn, name) / turn.steps for turn in sides[1].turns)
         for name in ("read_bytes", "write_bytes")
@@ -126,15 +142,18 @@ def bench_shape(rows: int, length: int, args: argparse.Namespace, folder: Path, 
         "plain_s": plain_s,
         "fuyou_s": fuyou_s,
         "ratio": fuyou_s / plain_s,
+        "plain_with_busy_drive_s": beside_s,
+        "busy_drive_bytes_per_s": statistics.median(paces),
+        "ratio_to_plain_with_busy_drive": fuyou_s / beside_s,
         "nvme_read_bytes": read,
         "nvme_write_bytes": write,
         "drive_bytes_per_s": statistics.median(speeds),
         "drive_s": drive_s,
         "ratio_to_bound": fuyou_s / max(plain_s, drive_s),
         "turns_s": {
-            name: [turn.step_s for turn in side.turns] for name, side in zip(("plain", "fuyou"), sides, strict=True)
+            name: [turn.step_s for turn in side.turns] for name, side in zip(("plain", "fuyou", "plain_with_busy_drive"), sides, strict=True)
         },
-        "losses_equal": sides[0].losses == sides[1].losses,
+        "losses_equal": sides[0].losses == sides[1].losses == sides[2].losses,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(sides[0].losses, sides[1].losses, strict=True)),
         "traffic": report.get("traffic"),
         "stalled_share": stalled_share(report),
@@ -180,10 +199,12 @@ def print_result(result: dict[str, Any]) -> None:
         f"\n{result['rows']} x {result['tokens_per_row']} tokens, {result['parameters'] / 1e6:.1f}M parameters, fp32\n"
         f"  plain PyTorch in RAM     {result['plain_s']:9.3f} s a step (median of {len(result['turns_s']['plain'])} turns)\n"
         f"  fuyou                    {result['fuyou_s']:9.3f} s a step\n"
+        f"  plain, the drive busy    {result['plain_with_busy_drive_s']:9.3f} s a step, another process moving "
+        f"{result['busy_drive_bytes_per_s'] / 1e9:.2f} GB/s\n"
         f"  NVMe read, written       {result['nvme_read_bytes'] / 1e6:9.1f} MB, {result['nvme_write_bytes'] / 1e6:.1f} MB a step\n"
         f"  the drive alone          {result['drive_s']:9.3f} s for these {moved / 1e6:.1f} MB, "
         f"at {result['drive_bytes_per_s'] / 1e9:.2f} GB/s\n"
-        f"  to plain PyTorch         {result['ratio']:9.2f}\n"
+        f"  to plain PyTorch         {result['ratio']:9.2f}; with the drive busy {result['ratio_to_plain_with_busy_drive']:.2f}\n"
         f"  to the larger of both    {result['ratio_to_bound']:9.2f} (target {TARGET})"
     )
     if result["losses_equal"]:

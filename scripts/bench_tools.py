@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ GAUGE_ARENA_BYTES = 256 * MIB
 GAUGE_FILE_BYTES = 2048 * MIB
 OPERATION_BYTES = 16 * MIB  # a chunk's moments, weights or gradient are 4 to 32 MiB
 GAUGE_S = 1.5
+BURST_OPERATIONS = 4  # of a drive that is kept busy, between two looks at the clock
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -222,7 +225,54 @@ class DriveGauge:
                     ticket.wait()  # raises what went wrong
                     free.append(memory)
 
+    def move(self, read_share: float, operations: int) -> int:
+        """Bytes moved by so many operations, at full speed."""
+        self._move(read_share, 0.0, least_operations=operations)
+        return operations * OPERATION_BYTES
+
     def close(self) -> None:
         self._engine.close()
         self._arena.close()
         self._scratch.close()
+
+
+class BusyDrive:
+    """A process of its own that moves bytes at a given pace, with next to no processor time: what a drive's own work costs
+    whoever computes beside it. That is memory bandwidth, and on a virtual drive the host's processors.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_move_at_pace, args=(os.fspath(folder), theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def start(self, read_share: float, bytes_per_s: float) -> None:
+        self._pipe.send((read_share, bytes_per_s))
+
+    def stop(self) -> float:
+        """Bytes a second since `start`."""
+        self._pipe.send(None)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _move_at_pace(folder: str, pipe: Connection) -> None:
+    gauge = DriveGauge(folder)
+    try:
+        pipe.send("ready")
+        while True:
+            read_share, bytes_per_s = pipe.recv()
+            began, moved, pause_s = time.perf_counter(), 0, 0.0
+            while not pipe.poll(pause_s):
+                moved += gauge.move(read_share, BURST_OPERATIONS)
+                pause_s = max(0.0, moved / bytes_per_s - (time.perf_counter() - began))
+            pipe.recv()
+            pipe.send(moved / (time.perf_counter() - began))
+    except EOFError:
+        gauge.close()
