@@ -252,9 +252,10 @@ class Run:
             deadline_s=tiers.deadline_s, in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._gradients.start(self._updates)
+        inbound = plan.staging.inbound
         loader = Loader(
-            tiers.link, tiers.buffers(plan.inbound_buffer_bytes, plan.staging.inbound) if tiers.link.is_cuda else None,
-            count=plan.staging.inbound, settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight, races=tiers.races,
+            tiers.link, tiers.buffers(plan.inbound_buffer_bytes, inbound) if tiers.link.is_cuda else None, count=inbound,
+            settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._swapper = Swapper(
             device=tiers.link, ledger=tiers.ledger, loader=loader, writes=tiers.writes, claims=self._updates,

@@ -151,7 +151,8 @@ def bench_shape(rows: int, length: int, args: argparse.Namespace, folder: Path, 
         "drive_s": drive_s,
         "ratio_to_bound": fuyou_s / max(plain_s, drive_s),
         "turns_s": {
-            name: [turn.step_s for turn in side.turns] for name, side in zip(("plain", "fuyou", "plain_with_busy_drive"), sides, strict=True)
+            name: [turn.step_s for turn in side.turns]
+            for name, side in zip(("plain", "fuyou", "plain_with_busy_drive"), sides, strict=True)
         },
         "losses_equal": sides[0].losses == sides[1].losses == sides[2].losses,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(sides[0].losses, sides[1].losses, strict=True)),
@@ -239,7 +240,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of a turn (default 2)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps at its beginning that are left out (default 1)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps at its beginning that are left out (default 2)")
     parser.add_argument(
         "--shapes", nargs="+", default=SHAPES, metavar="ROWSxTOKENS", help=f"(default {' '.join(SHAPES)})"
     )

@@ -15,6 +15,7 @@ from clients import Side, llama, lora, with_adapters
 from torch import nn
 
 import fuyou
+from fuyou.swap.unit import chunks_of
 
 peft = pytest.importorskip("peft")
 
@@ -266,9 +267,16 @@ def test_frozen_weights_have_no_gradients_and_no_state(place, tmp_path, nvme):
 def test_frozen_weights_on_the_drive_are_never_written(tmp_path, nvme):
     """Found in the store by their bytes and marked there: training reads the marks, and never writes over them."""
     model, optimizer, scheduler = clients.started(wide)
-    name, frozen = next(each for each in model.named_parameters() if each[0].endswith("2.mlp.up_proj.weight"))
-    written = frozen.detach().numpy().tobytes()
+    values = {name: parameter.detach().numpy().tobytes() for name, parameter in model.named_parameters()}
     with clients.wrapped(model, optimizer, nvme, ram="400KiB") as run:
+        on_drive = (chunk for unit in run._units for chunk in unit.chunks if not chunk.weights.on_host)
+        name, frozen = next(
+            (member.name, member.parameter)
+            for chunk in on_drive
+            for member, _, _ in chunk.parts
+            if not member.parameter.requires_grad and chunks_of(member) == [chunk] and member.entry.count >= 1024
+        )
+        written = values[name]
         script = loop()
         script(Side(model, run.optimizer, scheduler, tmp_path, run))
         run.settle()

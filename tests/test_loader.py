@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import struct
 import threading
@@ -15,6 +16,7 @@ import fuyou
 from fuyou.core.races import Races
 from fuyou.core.ticket import await_ended
 from fuyou.swap.unit import Residency
+from fuyou.tiers import pages
 from fuyou.tiers.device import DeviceMemory
 from fuyou.tiers.pages import HUGE_BYTES, PAGE_BYTES, Pages
 from fuyou.tiers.store import Store
@@ -22,9 +24,9 @@ from fuyou.tiers.store import Store
 CPU = torch.device("cpu")
 
 
-def present_bytes(pages: Pages) -> int:
+def present_bytes(memory: Pages) -> int:
     """Of this range, in whole pages, as the kernel's page table has them (Documentation/admin-guide/mm/pagemap.rst)."""
-    first, count = pages.address // PAGE_BYTES, -(-pages.nbytes // PAGE_BYTES)
+    first, count = memory.address // PAGE_BYTES, -(-memory.nbytes // PAGE_BYTES)
     with open("/proc/self/pagemap", "rb") as table:
         table.seek(8 * first)
         entries = struct.unpack(f"{count}Q", table.read(8 * count))
@@ -59,12 +61,27 @@ class TestPages:
         assert not second.take_over(first)
         assert bool((first.bytes == 7).all()) and not bool(second.bytes.any())
 
+    def test_a_kernel_that_fails_half_way_leaves_memory_that_can_be_used(self, monkeypatch):
+        first, second = Pages(4 * PAGE_BYTES), Pages(4 * PAGE_BYTES)
+        first.bytes.fill_(7)
+        unmap = ctypes.CDLL(None).munmap
+        unmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+        def mremap(old, _old_bytes, nbytes, _flags, new):
+            assert unmap(new, nbytes) == 0  # mremap(2) does this first
+            return -1
+
+        monkeypatch.setattr(pages, "_mremap", mremap)
+        assert not second.take_over(first)
+        assert bool((first.bytes == 7).all()) and not bool(second.bytes.any())
+        second.bytes.fill_(8)
+
     def test_only_whole_huge_pages_are_huge(self):
-        pages = Pages(HUGE_BYTES + 3 * PAGE_BYTES)
-        pages.bytes.fill_(1)
-        assert present_bytes(pages) == pages.nbytes
-        pages.drop()
-        assert present_bytes(pages) == 0
+        memory = Pages(HUGE_BYTES + 3 * PAGE_BYTES)
+        memory.bytes.fill_(1)
+        assert present_bytes(memory) == memory.nbytes
+        memory.drop()
+        assert present_bytes(memory) == 0
 
     def test_a_slot_with_races_keeps_its_own_pages(self):
         first, second = DeviceMemory(4 * PAGE_BYTES, CPU, Races(0)), DeviceMemory(4 * PAGE_BYTES, CPU, Races(0))
@@ -167,7 +184,7 @@ class TestASilentDrive:
         assert dropping.is_alive() and unit.residency is Residency.LOADING
         silence.answered.set()
         dropping.join(10)
-        assert unit.residency is Residency.ABSENT and not run._swapper._loads[unit].cancel() is None
+        assert unit.residency is Residency.ABSENT and run._swapper._loads[unit].cancel()
         run.close()
 
 

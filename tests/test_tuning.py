@@ -14,9 +14,10 @@ from drive_tools import file_size_limit
 
 from fuyou.core.errors import ConfigError
 from fuyou.core.ledger import Ledger
-from fuyou.tiers.host import HUGE_BYTES, PAGE_BYTES, Arena
+from fuyou.tiers.host import Arena
 from fuyou.tiers.io import choose, measure, open_for_drive
 from fuyou.tiers.io.tuning import FILE, MIB, Tuning, default_tuning, remember, remembered
+from fuyou.tiers.pages import HUGE_BYTES, PAGE_BYTES
 
 GIB = 1 << 30
 TUNING = Tuning(16 * MIB, 8, 0, 2.5e9, 1.5e9, 1.75e9)

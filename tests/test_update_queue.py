@@ -35,7 +35,7 @@ def make() -> Updates:
     arena = Arena(MIB, Ledger({"host": MIB, "device": 0, "nvme": 0}))
     return Updates(
         None, Buffers(arena, 4096, 1, deadline_s=1), handover=lambda chunk: (None, DONE), commit=lambda step: DONE,
-        at_step=False, deadline_s=1, in_flight=lambda: [],
+        at_step=False, deadline_s=1, in_flight=list,
     )  # fmt: skip
 
 

@@ -192,4 +192,3 @@ class Arena:
                 f"host memory is not pinned (cudaHostRegister of {format_bytes(self.nbytes)} said {result}): copies go "
                 "through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
             )
-

@@ -11,11 +11,17 @@ import torch
 PAGE_BYTES = 4096
 HUGE_BYTES = 2 << 20  # of x86-64, and of arm64 with 4 KiB pages
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4  # <linux/mman.h>
+MAP_FIXED = 0x10
 
-_mremap = getattr(ctypes.CDLL(None, use_errno=True), "mremap", None)
+_libc = ctypes.CDLL(None)
+_mremap = getattr(_libc, "mremap", None)
 if _mremap is not None:
     _mremap.restype = ctypes.c_void_p
     _mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    _libc.mmap.restype = ctypes.c_void_p
+    _libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+    )  # fmt: skip
 
 
 class Pages:
@@ -30,14 +36,17 @@ class Pages:
         self.nbytes = nbytes
         slack = HUGE_BYTES - PAGE_BYTES if nbytes >= HUGE_BYTES else 0  # never touched, so it costs nothing
         self._map = mmap.mmap(-1, max(nbytes, 1) + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % HUGE_BYTES if slack else 0
-        whole = nbytes - nbytes % HUGE_BYTES
-        for advice, *part in (("MADV_DONTFORK",), ("MADV_HUGEPAGE", start, whole)):
+        self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % HUGE_BYTES if slack else 0
+        self._advise()
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8, offset=self._start)[:nbytes]
+        self.address = self.bytes.data_ptr()
+
+    def _advise(self) -> None:
+        whole = self.nbytes - self.nbytes % HUGE_BYTES
+        for advice, *part in (("MADV_DONTFORK",), ("MADV_HUGEPAGE", self._start, whole)):
             if not part or whole:
                 with contextlib.suppress(AttributeError, OSError):  # a kernel or a Python built without them
                     self._map.madvise(getattr(mmap, advice), *part)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8, offset=start)[:nbytes]
-        self.address = self.bytes.data_ptr()
 
     def drop(self) -> None:
         """Give the pages back to the system: the bytes read as zeros from now on, and cost nothing."""
@@ -45,7 +54,8 @@ class Pages:
 
     def take_over(self, other: Pages) -> bool:
         """The pages of `other`, with what is in them, are these from now on, as far as both reach; `other` has none there
-        (mremap(2), MREMAP_DONTUNMAP of Linux 5.7). False where the kernel does not do it: then nothing has changed.
+        (mremap(2), MREMAP_DONTUNMAP of Linux 5.7). False where the kernel does not do it: `other` is as it was then, and
+        these bytes may be zeros.
 
         A page that is touched anew is cleared first, which costs as much as copying it. Nobody may be reading, writing or
         moving the bytes of either meanwhile.
@@ -54,4 +64,11 @@ class Pages:
         if _mremap is None or not length:
             return False
         flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
-        return _mremap(other.address, length, length, flags, self.address) == self.address
+        if _mremap(other.address, length, length, flags, self.address) == self.address:
+            return True
+        # What was mapped there goes first, so a kernel short of memory can fail with nothing there: mapped once more.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+        if _libc.mmap(self.address, length, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0) != self.address:
+            raise MemoryError(f"The system has no room for {length} bytes of address space that it just had.")
+        self._advise()
+        return False
