@@ -199,21 +199,20 @@ class Swapper:
     def _take_memory(self, unit: Unit, needed: bool) -> bool:
         """Charge the unit and give it memory: an evicted one's where that can be, which spares clearing it."""
         vacated: list[Unit] = []
-        taken = False
         try:
             if not self._make_room(unit, needed, vacated):
                 return False
-            while vacated and not taken:
-                taken = unit.memory.take_over(vacated[-1].memory)
-                if taken:
-                    vacated.pop()
+            with self._ledger.discharged_on_error("device", "weights", unit.nbytes):
+                while vacated:
+                    memory = vacated.pop().memory
+                    if unit.memory.take_over(memory):
+                        break
+                    memory.give_back()
                 else:
-                    vacated.pop().memory.give_back()
+                    unit.memory.take()
         finally:
             for each in vacated:
                 each.memory.give_back()
-        if not taken:
-            unit.memory.take()
         self._resident[unit] = None
         self._resident_bytes += unit.nbytes
         return True
