@@ -14,7 +14,6 @@ CHUNK_ELEMENTS = tuple(2**power for power in range(22, 11, -1))  # 4 Mi (64 MiB 
 LARGE_CHUNK = 2**20  # elements, enough for a drive; larger ones only spare work where memory is plenty
 # Of the largest block on the device at once, where there is room: one computes, others are on their way.
 SLOT_BLOCKS = 4
-FIRST_BLOCKS = 3  # that a forward begins with: as many as are on their way while one computes
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,9 @@ class UnitNumbers:
 @dataclass(frozen=True)
 class Plan:
     """`on_host` holds (unit index, chunk index) of the chunks whose home is host memory, all kinds together; the rest is on
-    NVMe. [Note: cache] Every chunk is used at the same times in every step, so a fixed set finds as much in memory as any
-    other choice could. A chunk with all its kinds there moves nothing over the drive's link. First come the blocks that a
-    forward begins with: backward ends with their gradients, so their updates are what the next forward waits for, and the
-    drive would take longest over them. The rest is spread evenly over the model: the drive has as much to do under one
-    block as under another.
+    NVMe. [Note: cache] Every chunk is used at the same times in every step, so a fixed set, spread evenly over the model,
+    finds as much in memory as any other choice could, and the drive has as much to do under one block as under another. A
+    chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
     `state_slots`: slots of an NVMe extent that updates rewrite. `through`: steps are committed, so weights and state on the
@@ -216,10 +213,15 @@ class _Placing:
                 f"{format_bytes(needed)} ({needed} bytes). Give ram at least that, or an nvme folder.",
                 tier="host", needed_bytes=needed, given_bytes=room,
             )  # fmt: skip
-        first = {index for index, unit in enumerate(units) if min(unit.owners, default=0) < FIRST_BLOCKS}
-        resident = self._keep([each for each in chunks if each[0] in first], room)
-        resident += self._keep([each for each in chunks if each[0] not in first], room - resident, evenly=True)
+        share = 1.0 if not with_nvme else min(1.0, room / max(needed, 1))
+        due = 0.0  # bytes that the chunks so far should have on the host
+        resident = 0
         for index, number, its in chunks:
+            nbytes = sum(its.values())
+            due += share * nbytes
+            if resident + nbytes <= (needed if share == 1.0 else min(room, due + nbytes / 2)):
+                self.on_host.add((index, number))
+                resident += nbytes
             self._count(units[index], its, (index, number) in self.on_host)
         for index, number, its in chunks:
             nbytes = its["weights"] + its["optimizer"]
@@ -231,19 +233,6 @@ class _Placing:
     def nvme_bytes(self, slots: int) -> int:
         return slots * self._rewritten + self._once
 
-    def _keep(self, chunks: list[tuple[int, int, dict[str, int]]], room: int, *, evenly: bool = False) -> int:
-        """Put on the host what `room` has place for; returns the bytes."""
-        needed = sum(sum(its.values()) for _, _, its in chunks)
-        share = min(1.0, room / max(needed, 1)) if evenly else 1.0
-        due, kept = 0.0, 0  # bytes that the chunks so far should have on the host, and have
-        for index, number, its in chunks:
-            nbytes = sum(its.values())
-            due += share * nbytes
-            if kept + nbytes <= min(room, due + nbytes / 2):
-                self.on_host.add((index, number))
-                kept += nbytes
-        return kept
-
     def _count(self, unit: UnitNumbers, its: dict[str, int], on_host: bool) -> None:
         # Where steps are committed frozen weights are too: they may be trained, or written, later.
         rewritten = its["optimizer"] + (its["weights"] if unit.optimized or self._durable else 0)
@@ -253,11 +242,6 @@ class _Placing:
             self._rewritten += rewritten
         if self._durable:
             self.committed += 1 + (its["optimizer"] > 0)
-
-
-def _first_units(units: Sequence[UnitNumbers]) -> set[int]:
-    """Indices of the units without which a forward cannot begin, or soon could not go on."""
-    return {index for index, each in enumerate(units) if min(each.owners, default=0) < FIRST_BLOCKS}
 
 
 def _aligned(unit: UnitNumbers, kind: str, chunk_elements: int) -> int:
