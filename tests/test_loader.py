@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
+import os
+import signal
 import struct
 import threading
 import time
@@ -47,6 +50,19 @@ class TestPages:
             assert present_bytes(giver) == 0
             assert not bool(giver.bytes[:whole].any())  # reading gives it pages anew
             giver.drop()
+
+    def test_a_forked_child_inherits_neither_afterwards(self):
+        first, second = Pages(3 * PAGE_BYTES), Pages(3 * PAGE_BYTES)
+        first.bytes.fill_(7)
+        assert second.take_over(first)
+        for memory in (first, second):
+            child = os.fork()
+            if child == 0:
+                faulthandler.disable()
+                ctypes.string_at(memory.address, 1)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV
 
     def test_where_one_is_larger_the_rest_stays(self):
         small, large = Pages(2 * PAGE_BYTES), Pages(5 * PAGE_BYTES)
@@ -151,6 +167,9 @@ class TestASilentDrive:
                 with pytest.raises(fuyou.DeadlineError, match="made up silence|weights of"):
                     run.model(x)
             held = [unit for unit in run._units if unit.residency is Residency.LOADING]
+            began = time.monotonic()
+            assert not run._swapper.fetch(next(unit for unit in held if run._swapper._loads[unit].cancelled))
+            assert time.monotonic() - began < 0.1  # a hint waits for nobody
             assert held and run._ledger.held("device", "weights") >= sum(unit.nbytes for unit in held)
             silence.answered.set()
             assert torch.equal(run.model(x), output(expected, x))

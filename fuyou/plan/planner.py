@@ -160,9 +160,8 @@ def _plan_staging(
     if not with_nvme:
         return CHUNK_ELEMENTS[0], FEW, (0, 0), 0
     state = sum(each.bytes_of(kind, each.elements) for each in units for kind in KINDS)
-    part = (
-        2 if ram_bytes < state // 3 else 4
-    )  # fast traffic matters more than less of it, until there could be much less
+    # Fast traffic matters more than less of it, until there could be much less.
+    part = 2 if ram_bytes < state // 3 else 4
     # Frozen units count as if they were trained: they may be, later, and must then pass through the same staging.
     units = [replace(each, trainable=True, optimized=True) for each in units]
 

@@ -71,7 +71,9 @@ class Swapper:
         """Start bringing a unit in; True when it is on its way or there. A hint (not `needed`) gives up for want of room."""
         with self._lock:
             if unit.residency is Residency.LOADING and self._loads[unit].cancelled:
-                self._drop(unit)  # a drive that did not answer held its memory; it may answer now
+                if not (needed or self._loads[unit].cancel()):
+                    return False  # a drive that did not answer has its memory still, and a hint waits for nobody
+                self._drop(unit)
             if unit.residency is not Residency.ABSENT:
                 self._resident.move_to_end(unit)
                 return True
@@ -204,10 +206,10 @@ class Swapper:
                 return False
             with self._ledger.discharged_on_error("device", "weights", unit.nbytes):
                 while vacated:
-                    memory = vacated.pop().memory
-                    if unit.memory.take_over(memory):
+                    if unit.memory.take_over(vacated[-1].memory):
+                        vacated.pop()
                         break
-                    memory.give_back()
+                    vacated.pop().memory.give_back()
                 else:
                     unit.memory.take()
         finally:

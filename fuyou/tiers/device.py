@@ -97,7 +97,7 @@ class DeviceMemory:
 
     def take_over(self, other: DeviceMemory) -> bool:
         """Instead of `take`, and of `give_back` of `other`, whose bytes nobody uses any more: its pages move here, so that
-        they need not be cleared. False where that cannot be, and nothing has changed."""
+        they need not be cleared. False where that cannot be: both calls are still to be made."""
         if self._pages is None or other._pages is None or self._races is not None:
             return False
         if not self._pages.take_over(other._pages):
