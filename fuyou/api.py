@@ -32,13 +32,16 @@ from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
-from fuyou.swap.activations import HookStack, TensorBook
+from fuyou.swap.activations import PLACEMENTS, HookStack
+from fuyou.swap.book import TensorBook
 from fuyou.swap.gradients import Gradient, Gradients
 from fuyou.swap.loader import Loader
 from fuyou.swap.optimizer_state import StateAccess, fill
+from fuyou.swap.stash import Stash
 from fuyou.swap.unit import Member
 from fuyou.swap.updates import Updates
 from fuyou.swap.weights import Swapper
+from fuyou.tiers.scratch import Scratch
 
 
 def wrap(
@@ -264,6 +267,13 @@ class Run:
         self._access = StateAccess(tiers.kernels, tiers.writes, self._updates)
         self._away.start(self._swapper, self._access)
         self._clock = StepClock()
+        book, memory = TensorBook(self._ledger, self.device), plan.activations
+        self._stash = Stash(
+            tiers.link, tiers.ledger, book, piece_bytes=memory.piece_bytes, pool=tiers.pool,
+            scratch=Scratch(tiers.store, "activations") if tiers.store is not None and memory.buffers else None,
+            buffers=tiers.buffers(memory.piece_bytes, memory.buffers) if memory.buffers else None,
+            stall=lambda: self._clock.stall("activations"), in_flight=tiers.in_flight, races=tiers.races,
+        )  # fmt: skip
         self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
         of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}
         loose = [unit for unit in self._units if not unit.owners]
@@ -275,8 +285,8 @@ class Run:
         self._schedule = Schedule(
             blocks=calls,
             units=self._units, swapper=self._swapper, gradients=self._gradients, updates=self._updates,
-            away=self._away, book=TensorBook(self._ledger, self.device), hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=tiers.link, recompute=config.recompute, update=config.update,
+            away=self._away, book=book, stash=self._stash, hooks=hooks, clock=self._clock,
+            gauge=self._gauge, device=tiers.link, place=PLACEMENTS[config.activations], update=config.update,
             micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
         )  # fmt: skip
 
@@ -402,6 +412,7 @@ class Run:
             closing.callback(self._swapper.close)
             closing.callback(self._updates.close)
             closing.callback(self._gradients.close)
+            closing.callback(self._stash.close)
             closing.callback(self._tiers.writes.drain)
         for unit in self._units:
             unit.chunks.clear()

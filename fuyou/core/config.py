@@ -19,8 +19,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "verify_reads": (False, True),
 }
 _NOT_BUILT = {
-    ("activations", "host"): "activations='host' is not built yet: use 'recompute' or 'keep'.",
-    ("activations", "nvme"): "activations='nvme' is not built yet: use 'recompute' or 'keep'.",
     ("verify_reads", True): "verify_reads=True is not built yet: leave it False.",
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {
@@ -43,7 +41,10 @@ class Config:
 
     precision: "fp32" | "bf16"; None follows the parameters' dtype.
     blocks: module names that move as one unit each; None finds them.
-    activations: "auto" (recompute, until the planner decides) | "keep" | "recompute".
+    activations: what becomes of what a block's forward saves for its backward. "keep": it stays on the device.
+        "recompute": the block's forward is run again in backward, from its inputs, which stay. "host": it goes to host
+        memory, and what has no room there to the drives. "nvme": it goes to the drives. "auto": "recompute", until the
+        planner decides.
     update: when a chunk of the model is updated; the results are the same bits. "step": within `step()`, which waits for
         all. "deferred": after it, under the next forward, ahead of each block's use. "speculative": also during backward,
         where it can be taken back if `step()` wants something else. "auto": as "speculative" where that pays, and not for
@@ -98,11 +99,6 @@ class Config:
 
     def __hash__(self) -> int:
         return hash(tuple(getattr(self, name) for name in _DEFAULTS))
-
-    @property
-    def recompute(self) -> bool:
-        """Blocks recompute their saved tensors in backward ("auto" means this until the planner is there)."""
-        return self.activations in ("auto", "recompute")
 
 
 def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:

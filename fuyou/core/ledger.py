@@ -30,8 +30,11 @@ class Ledger:
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)
         self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
-        # Called before the device's budget refuses, until it fits: discharges something, or returns False.
-        self.relieve: Callable[[], bool] = lambda: False
+        # Called in their order before the device's budget refuses, until it fits: discharges something, or returns False.
+        self.relievers: list[Callable[[], bool]] = []
+
+    def relieve(self) -> bool:
+        return any(reliever() for reliever in self.relievers)
 
     def charge(self, tier: str, category: str, nbytes: int, what: str = "") -> None:
         """Book `nbytes`, or raise BudgetError with the tier, the bytes needed and given, and who asked."""

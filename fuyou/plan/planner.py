@@ -34,6 +34,27 @@ FEW = StagingCounts(inbound=2, updates=2, gradients=0)
 WORKING_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
+# Activations go to the drives in pieces of at most this much, through so many buffers: half of them on their way out, half
+# on their way back, wherever a step is.
+ACTIVATION_PIECE_BYTES = 4 << 20
+ACTIVATION_BUFFERS = 8
+SMALLEST_PIECE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Host memory for activations (bytes): `buffers` of `piece_bytes` that they go to the drives through, and a `pool` for
+    those that stay."""
+
+    piece_bytes: int
+    buffers: int
+    pool_bytes: int = 0
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.buffers * self.piece_bytes
+
+
 @dataclass(frozen=True)
 class UnitNumbers:
     """What the planner must know of a unit: `owners` are block indices, none for the model's loose parameters."""
@@ -67,8 +88,9 @@ class Plan:
     chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
-    `state_slots`: slots of an NVMe extent that updates rewrite. `through`: steps are committed, so weights and state on the
-    host are on NVMe too, in `committed` extents together with the others.
+    `staging_bytes` counts the buffers of `activations` too. `state_slots`: slots of an NVMe extent that updates rewrite.
+    `through`: steps are committed, so weights and state on the host are on NVMe too, in `committed` extents together with
+    the others.
     """
 
     chunk_elements: int
@@ -85,10 +107,11 @@ class Plan:
     committed: int
     on_host: frozenset[tuple[int, int]]
     spare: frozenset[tuple[int, int]]
+    activations: ActivationMemory
 
     @property
     def arena_bytes(self) -> int:
-        return self.staging_bytes + self.resident_bytes
+        return self.staging_bytes + self.resident_bytes + self.activations.pool_bytes
 
 
 def chunk_spans(elements: int, chunk_elements: int) -> list[tuple[int, int]]:
@@ -107,26 +130,31 @@ def make_plan(
     nvme_limit_bytes: int | None = None,
     durable: bool = False,
     update: str = "auto",
+    activations: str = "recompute",
 ) -> Plan:
     """Decide, or raise BudgetError naming the tier that is short, by how much, and of what.
 
-    `buffer_bytes`: the model's registered buffers, on the device for good. `durable`: steps are committed. `update`: as
-    fuyou.Config's.
+    `buffer_bytes`: the model's registered buffers, on the device for good. `durable`: steps are committed. `update` and
+    `activations`: as fuyou.Config's.
     """
     working = WORKING_BYTES[device_kind]
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
-    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme, device_kind)
+    memory = _plan_activations(ram_bytes, with_nvme, activations)
+    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes)
+    if activations == "host":
+        memory = replace(memory, pool_bytes=_pool_bytes(units, ram_bytes - staging, with_nvme))
     guesses = update in ("auto", "speculative")
     # Without a GPU the update of what is in memory takes from compute what it takes, earlier or later.
     spares = update == "speculative" or (guesses and device_kind == "cuda")
-    place = _Placing(units, chunk, ram_bytes - staging, with_nvme, durable, spares)
+    room = ram_bytes - staging - memory.pool_bytes
+    place = _Placing(units, chunk, room, with_nvme, durable, spares)
     slots = 2 if durable or guesses else 1
     nvme = place.nvme_bytes(slots)
     if not durable and slots == 2 and nvme_limit_bytes is not None and nvme > nvme_limit_bytes:
         slots, nvme = 1, place.nvme_bytes(1)  # room for one of each: updates wait for `step()`
     return Plan(
         chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, durable, place.committed,
-        frozenset(place.on_host), frozenset(place.spare),
+        frozenset(place.on_host), frozenset(place.spare), memory,
     )  # fmt: skip
 
 
@@ -152,13 +180,32 @@ def _plan_device(units: Sequence[UnitNumbers], gpu_bytes: int, working: int, buf
     return pinned + min(SLOT_BLOCKS * largest, gpu_bytes - needed + largest)
 
 
+def _plan_activations(ram_bytes: int, with_nvme: bool, activations: str) -> ActivationMemory:
+    """At most a sixteenth of the budget as buffers, as long as pieces are no smaller than is worth an operation."""
+    piece = ACTIVATION_PIECE_BYTES
+    while piece > SMALLEST_PIECE_BYTES and 16 * ACTIVATION_BUFFERS * piece > ram_bytes:
+        piece //= 2
+    swaps_to_drives = with_nvme and activations in ("host", "nvme")
+    return ActivationMemory(piece, ACTIVATION_BUFFERS if swaps_to_drives else 0)
+
+
+def _pool_bytes(units: Sequence[UnitNumbers], room: int, with_nvme: bool) -> int:
+    """Of what staging leaves: all that the state does not need where it must be there, else half. A byte of either saves
+    about the same traffic: an activation's 2 a step, the state's about 30 for each 16."""
+    if with_nvme:
+        return room // 2 // PAGE_BYTES * PAGE_BYTES
+    state = sum(each.bytes_of(kind, each.elements) + PAGE_BYTES for each in units for kind in KINDS)
+    return max(0, room - state) // PAGE_BYTES * PAGE_BYTES
+
+
 def _plan_staging(
-    units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool, device_kind: str
+    units: Sequence[UnitNumbers], ram_bytes: int, with_nvme: bool, device_kind: str, beside: int
 ) -> tuple[int, StagingCounts, tuple[int, int], int]:
     """(elements a chunk, counts, bytes of an inbound and of an update's buffer, bytes of all staging): at most half of the
-    budget where it can be, a quarter where it could hold a third of the state, and an eighth for large chunks."""
+    budget where it can be, a quarter where it could hold a third of the state, and an eighth for large chunks. `beside`:
+    bytes of other staging, which the last number counts too."""
     if not with_nvme:
-        return CHUNK_ELEMENTS[0], FEW, (0, 0), 0
+        return CHUNK_ELEMENTS[0], FEW, (0, 0), beside
     state = sum(each.bytes_of(kind, each.elements) for each in units for kind in KINDS)
     # Fast traffic matters more than less of it, until there could be much less.
     part = 2 if ram_bytes < state // 3 else 4
@@ -170,7 +217,7 @@ def _plan_staging(
         inbound = 0 if device_kind == "cpu" else weights
         update = max((sum(_aligned(each, kind, chunk) for kind in KINDS) for each in units), default=PAGE_BYTES)
         # One more update's worth for what a user reads and writes between steps.
-        total = counts.inbound * inbound + counts.updates * update + counts.gradients * weights + update
+        total = counts.inbound * inbound + counts.updates * update + counts.gradients * weights + update + beside
         return (inbound, update), total
 
     for counts, chunks in ((MANY, CHUNK_ELEMENTS), (FEW, CHUNK_ELEMENTS[-4:])):

@@ -82,7 +82,7 @@ class Away:
         self._classes: dict[type, type] = {}
         self._loans: list[_Loan] = []  # of a parameter at most one that is not stale
         self._closed = ""
-        ledger.relieve = self._relieve
+        ledger.relievers.append(self._relieve)
 
     def start(self, swapper: Swapper, access: StateAccess) -> None:
         self._swapper = swapper

@@ -62,8 +62,8 @@ class StepClock:
     """Seconds of each step, and of those the seconds that the training thread waited, by cause.
 
     Causes: "weights" (a block's weights were not there yet: their read, or the update that they wait for), "gradients"
-    (taking them off the device), "update" (step() itself; with update="step" all of the update). The rest of a step is
-    forward, backward and the user's own code.
+    (taking them off the device), "activations" (what left the device is not gone yet, or not back yet), "update" (step()
+    itself; with update="step" all of the update). The rest of a step is forward, backward and the user's own code.
     """
 
     def __init__(self) -> None:

@@ -68,11 +68,14 @@ def plan_run(
     durable = config.durability == "step"
     if durable and not folders:
         raise ConfigError("durability='step' commits steps to a drive: give an nvme folder, or leave durability out.")
+    if config.activations == "nvme" and not folders:
+        raise ConfigError("activations='nvme' swaps to a drive: give an nvme folder, or use 'host' or 'recompute'.")
     rooms = rooms_of(folders, reuse=True)
     limit = nvme_limit_bytes(rooms, nvme_limit)
     plan = make_plan(
         numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
         with_nvme=bool(folders), nvme_limit_bytes=limit, durable=durable, update=config.update,
+        activations=config.activations,
     )  # fmt: skip
     if durable:
         records = overhead_bytes(plan.committed, plan.committed * plan.state_slots * len(folders))

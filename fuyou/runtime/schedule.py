@@ -33,9 +33,11 @@ from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
 from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.state_handle import StateHandle
-from fuyou.swap.activations import Autocast, Frame, HookStack, TensorBook
+from fuyou.swap.activations import KEEP, Autocast, Frame, HookStack, Placement
+from fuyou.swap.book import TensorBook
 from fuyou.swap.gradients import Gradients
 from fuyou.swap.optimizer_state import StateAccess
+from fuyou.swap.stash import Stash
 from fuyou.swap.unit import Chunk, Member, Unit
 from fuyou.swap.update import MemberUpdate
 from fuyou.swap.updates import Updates
@@ -73,11 +75,12 @@ class Schedule:
         updates: Updates,
         away: Away,
         book: TensorBook,
+        stash: Stash,
         hooks: HookStack,
         clock: StepClock,
         gauge: TemporariesGauge,
         device: Device,
-        recompute: bool,
+        place: Placement,
         update: str,
         micro_batches: MicroBatches,
         traffic: Callable[[], dict[str, int]],
@@ -89,11 +92,12 @@ class Schedule:
         self._updates = updates
         self._away = away
         self._book = book
+        self._stash = stash
         self._hooks = hooks
         self._clock = clock
         self._gauge = gauge
         self._device = device
-        self._recompute = recompute
+        self._place = place
         self._guess = update in ("auto", "speculative")
         self.planned: Callable[[Member], MemberUpdate | None] = lambda member: None
         self._foresight = Foresight(lambda member: self.planned(member), patient=update == "auto")
@@ -107,6 +111,7 @@ class Schedule:
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
         self._last: dict[str, int | None] = {}  # phase → the block before this one
         self._frames: weakref.WeakKeyDictionary[Frame, BlockCalls] = weakref.WeakKeyDictionary()
+        self._last_frame: Callable[[], Frame | None] = lambda: None  # of the last call
         self._current: BlockCalls | None = None  # whose weights backward holds
         self._tasks: set[int] = set()  # graph tasks that will call end_backward
         self._aside: dict[Member, GradientHandle] = {}  # `p.grad` of before, while autograd sums the new one
@@ -127,6 +132,7 @@ class Schedule:
     def block_forward(self, block: BlockCalls, args: tuple, kwargs: dict) -> Any:
         """One call of a block: weights in, the next block's on their way, compute, weights free to go."""
         self._clock.begin()
+        self._stash.turn()
         held = self._get(block)
         frames: list[Frame] = []  # one for each slice of rows
 
@@ -153,11 +159,14 @@ class Schedule:
 
     def _frame(self, block: BlockCalls) -> Frame:
         hooks_inside = block.compiled and (block.module._forward_hooks or block.module._forward_pre_hooks)
-        recompute = self._recompute and block.index is not None and not hooks_inside  # they must run once
+        place = self._place
+        if block.index is None or (hooks_inside and place.saved == "recompute"):  # hooks must run once
+            place = KEEP
         frame = Frame(
-            block.name, block.module, block.forward, self, self._book, self._hooks, self._device,
-            recompute=recompute, mutable_buffers=block.mutable_buffers,
+            block.name, block.module, block.forward, self, self._book, self._hooks, self._device, stash=self._stash,
+            place=place, mutable_buffers=block.mutable_buffers, before=self._last_frame(),
         )  # fmt: skip
+        self._last_frame = weakref.ref(frame)
         self._frames[frame] = block
         return frame
 
@@ -185,6 +194,7 @@ class Schedule:
 
     def _announced(self, frame: Frame) -> None:
         block = self._frames[frame]
+        frame.fetch()
         # A leaf module that saved nothing to run again for (an embedding) needs no weights in backward. One with
         # children may hold the user's own checkpoint, which saves out of our sight.
         if frame.needs_weights or block.has_children:
@@ -205,6 +215,7 @@ class Schedule:
             for unit in block.units:
                 for chunk in unit.chunks:
                     self._gradients.fetch(chunk)
+            frame.fetch()
             self._gauge.sample()
 
     def writes_of(self, frame: Frame) -> int:
@@ -260,6 +271,7 @@ class Schedule:
                 member.parameter.grad = handle
         self._aside.clear()
         self._gradients.end_backward()
+        self._stash.rest()
         self._last["backward"] = None
 
     def _expect_end(self) -> None:

@@ -70,6 +70,7 @@ class Tiers:
             # Two, so that what stays never stands in the way of a piece of staging in one piece.
             self.arena = self._open_arena(plan.staging_bytes)
             self.resident = self._open_arena(plan.resident_bytes)
+            self.pool = self._open_arena(plan.activations.pool_bytes) if plan.activations.pool_bytes else None
             if folders:
                 self.store = Store(folders, self.ledger, durable=self.durable)
                 self._closers.append(self.store.close)

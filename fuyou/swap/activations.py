@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy
@@ -21,9 +23,10 @@ import torch
 from torch import nn
 
 from fuyou.core.errors import StateError
-from fuyou.core.ledger import Ledger
 from fuyou.core.phase import phase
-from fuyou.swap.snapshot import ModuleState, snapshot, tensors_in
+from fuyou.swap.book import Held, TensorBook
+from fuyou.swap.snapshot import ModuleState, detached, snapshot, tensors_in
+from fuyou.swap.stash import Stash, Stashed
 from fuyou.swap.unit import Unit
 from fuyou.tiers.device import Device
 
@@ -41,37 +44,6 @@ class Weights(Protocol):
 
     def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
         """The unit's flat weights on the device, for a backward that is under way."""
-
-
-class TensorBook:
-    """Charges device tensors to the ledger once a storage, however often they are held."""
-
-    def __init__(self, ledger: Ledger, device: torch.device) -> None:
-        self._ledger = ledger
-        self._device_type = device.type
-        self._held: dict[int, tuple[int, int]] = {}  # storage → (holders, bytes)
-
-    def hold(self, tensor: torch.Tensor, what: str) -> int:
-        """Charge; returns the key to `drop` with, 0 for a tensor that costs the device nothing."""
-        if tensor.device.type != self._device_type:
-            return 0
-        storage = tensor.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
-        holders, booked = self._held.get(key, (0, nbytes))
-        if holders == 0:
-            self._ledger.charge("device", "activations", nbytes, what)
-        self._held[key] = (holders + 1, booked)
-        return key
-
-    def drop(self, key: int) -> None:
-        if key == 0:
-            return
-        holders, booked = self._held[key]
-        if holders > 1:
-            self._held[key] = (holders - 1, booked)
-        else:
-            del self._held[key]
-            self._ledger.discharge("device", "activations", booked)
 
 
 class HookStack:
@@ -131,21 +103,6 @@ class Kept(Version):
         return self._tensor
 
 
-class Held:
-    """A tensor that is kept for backward, charged as long as this object lives."""
-
-    __slots__ = ("_book", "_key", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, book: TensorBook, what: str) -> None:
-        self._book = book
-        self._key = 0
-        self._key = book.hold(tensor, what)
-        self.tensor = tensor
-
-    def __del__(self) -> None:
-        self._book.drop(self._key)
-
-
 class SavedWeight:
     """A view of a unit's storage, by its place."""
 
@@ -158,6 +115,25 @@ class SavedWeight:
         self.version = Version(tensor)
 
 
+class SavedAway:
+    """A view of a storage that has left the device, or is about to."""
+
+    __slots__ = ("_dtype", "_offset", "_size", "_stride", "_version", "stashed")
+
+    def __init__(self, stashed: Stashed, tensor: torch.Tensor) -> None:
+        self.stashed = stashed
+        self._dtype = tensor.dtype
+        self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self._version = Version(tensor)
+
+    def tensor(self) -> torch.Tensor:
+        """The view again, on the device."""
+        self._version.check()
+        flat = self.stashed.get()
+        view = torch.empty(0, dtype=self._dtype, device=flat.device)
+        return view.set_(flat.untyped_storage(), self._offset, self._size, self._stride)
+
+
 class SavedIndex:
     """The index-th tensor that this frame's forward saved and dropped."""
 
@@ -166,6 +142,30 @@ class SavedIndex:
     def __init__(self, frame: Frame, index: int) -> None:
         self.frame = frame
         self.index = index
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes of what a block's forward saves for its backward.
+
+    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". `inputs`, of a block that
+    recomputes: they stay on the "device", or go to "host" or "nvme".
+    """
+
+    saved: str
+    inputs: str = "device"
+
+
+KEEP = Placement("keep")
+# By the names of fuyou.Config; "auto" is "recompute" until the planner decides.
+PLACEMENTS = {
+    "auto": Placement("recompute"),
+    "keep": KEEP,
+    "recompute": Placement("recompute"),
+    "host": Placement("host"),
+    "nvme": Placement("nvme"),
+}
+FETCH_FRAMES = 2  # the one that backward is in, and the one that it comes to next
 
 
 class _Enough(Exception):
@@ -185,28 +185,34 @@ class Frame:
         hooks: HookStack,
         device: Device,
         *,
-        recompute: bool,
+        stash: Stash,
+        place: Placement,
         mutable_buffers: dict[str, bool],
+        before: Frame | None,
     ) -> None:
         self.name = name
         self.module = module
         self.needs_weights = False
+        self._before = weakref.ref(before) if before is not None else None
         self._forward = forward
         self._weights = weights
         self._book = book
         self._hooks = hooks
         self._device = device
-        self._recompute = recompute
+        self._stash = stash
+        self._place = place
         self._mutable_buffers = mutable_buffers
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
         self._inputs: dict[int, Held] = {}  # storage → one input
+        self._away: dict[int, tuple[torch.Tensor, SavedAway, bool]] = {}  # id of what stands for an input → input
+        self._stashed: list[weakref.ref[Stashed]] = []  # in the order in which they were saved
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's forward, its saved tensors packed. The caller has its weights on the device."""
-        if not self._recompute:
+        if self._place.saved != "recompute":
             with self._hooks.entered(self.pack, self.unpack):
                 return self._forward(*args, **kwargs)
         self._writes = self._weights.writes_of(self)
@@ -227,7 +233,31 @@ class Frame:
                 f"Block {self.name} changes one of its inputs in place, so its forward cannot be run again in backward: "
                 "wrap with Config(activations='keep')."
             )
+        if self._place.inputs != "device":
+            self._inputs_leave()
         return result
+
+    def _inputs_leave(self) -> None:
+        """What the forward has used: the recomputation brings it back."""
+
+        def leave(tensor: torch.Tensor) -> torch.Tensor:
+            away = self._put(tensor, self._place.inputs)
+            if away is None:
+                return tensor
+            self._inputs.pop(tensor.untyped_storage()._cdata, None)
+            stand_in = tensor.new_empty(0)
+            self._away[id(stand_in)] = stand_in, away, tensor.requires_grad
+            return stand_in
+
+        self._args, self._kwargs = snapshot((self._args, self._kwargs), replace=leave)
+
+    def _put(self, tensor: torch.Tensor, tier: str) -> SavedAway | None:
+        stashed = self._stash.put(tensor, tier, f"what {self.name} saves")
+        if stashed is None:
+            return None
+        if not self._stashed or self._stashed[-1]() is not stashed:
+            self._stashed.append(weakref.ref(stashed))
+        return SavedAway(stashed, tensor)
 
     # Both are called in the middle of a compiled module's code, and Dynamo would go on to compile them too.
     @torch.compiler.disable
@@ -236,21 +266,38 @@ class Frame:
         if unit is not None:
             self.needs_weights = True
             return SavedWeight(self, unit, tensor)
-        if not self._recompute:
+        if self._place.saved != "recompute":
+            away = self._put(tensor, self._place.saved) if self._place.saved != "keep" else None
             # Detached: autograd hands a leaf itself, and a parameter of another block goes away again after this call.
-            return Held(tensor.detach(), self._book, f"what {self.name} saves")
+            return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
         if tensor.untyped_storage()._cdata in self._inputs:
-            return Held(tensor.detach(), self._book, f"the inputs of {self.name}")
+            away = self._put(tensor, self._place.inputs) if self._place.inputs != "device" else None
+            return away or Held(tensor.detach(), self._book, f"the inputs of {self.name}")
         self.needs_weights = True
         self._saved.append((tensor.shape, tensor.dtype))
         return SavedIndex(self, len(self._saved) - 1)
 
     # Backward --------------------------------------------------------------------------------------------------------
 
+    def fetch(self) -> None:
+        """Backward is here: what left comes back, what is needed first first, and then what the frame before this one
+        saved; as far as the device has room now."""
+        frame: Frame | None = self
+        for _ in range(FETCH_FRAMES):
+            if frame is None:
+                return
+            for reference in reversed(frame._stashed):
+                stashed = reference()
+                if stashed is not None and not stashed.fetch():
+                    return
+            frame = frame._before() if frame._before is not None else None
+
     @torch.compiler.disable
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, Held):
             return packed.tensor
+        if isinstance(packed, SavedAway):
+            return packed.tensor()
         if isinstance(packed, SavedWeight):
             packed.version.check()
             flat = self._weights.resident_view(packed.unit, self)
@@ -285,7 +332,7 @@ class Frame:
             unit = self._weights.unit_of(tensor)
             if unit is not None:
                 return SavedWeight(self, unit, tensor)
-            if tensor.untyped_storage()._cdata in self._inputs:
+            if tensor.untyped_storage()._cdata in inputs:
                 return tensor.detach()
             if count < len(self._saved) and (tensor.shape, tensor.dtype) != self._saved[count]:
                 raise self._differs(count, (tensor.shape, tensor.dtype))
@@ -298,7 +345,12 @@ class Frame:
         def give(packed: Any) -> torch.Tensor:
             return self.unpack(packed) if isinstance(packed, SavedWeight) else packed
 
-        args, kwargs = snapshot((self._args, self._kwargs), detach=True)
+        def back(tensor: torch.Tensor) -> torch.Tensor:
+            _, away, requires_grad = self._away.get(id(tensor), (None, None, False))
+            return detached(tensor) if away is None else away.tensor().requires_grad_(requires_grad)
+
+        args, kwargs = snapshot((self._args, self._kwargs), replace=back)
+        inputs = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
         with (
             phase(f"fuyou::recompute {self.name}"),
             self._device.within_budget(self.name),

@@ -212,19 +212,34 @@ class Device:
             what = f"a copy of {nbytes} bytes from the host to {self.device}"
             return EventTicket(self.h2d_stream.record_event(), source, what, self.deadline_s)
 
+    def free_behind_copies_in(self, tensor: torch.Tensor) -> None:
+        """`tensor` is freed though the compute stream never joined the copies to it: its memory is reused behind them."""
+        if self.is_cuda:
+            tensor.record_stream(self.h2d_stream)
+
     def count_in(self, nbytes: int) -> None:
         """Bytes that came to the device, here or by a drive that read them into a CPU's memory."""
         with self._counting:
             self.host_to_device_bytes += nbytes
 
-    def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> Ticket:
-        """device → host, after all that the compute stream holds so far. Contiguous, equal bytes; the source must not be
-        changed until the ticket is done. Copies to one target end in their order: those of one size go the same way."""
+    def copy_out(
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        ready: torch.cuda.Event | None = None,
+        *,
+        here: bool = False,
+    ) -> Ticket:
+        """device → host, behind `ready`, or without one after all that the compute stream holds so far. Contiguous, equal
+        bytes; the source must not be changed until the ticket is done. Copies to one target end in their order: those of
+        one size go the same way. `here`: the caller is a thread of its own, and a CPU's copy is made in it."""
         nbytes = source.numel() * source.itemsize
         with self._counting:
             self.device_to_host_bytes += nbytes
         if not self.is_cuda:
-            if nbytes < THREAD_COPY_BYTES:
+            if here or nbytes < THREAD_COPY_BYTES:
+                if here:
+                    self._late()
                 copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
                 return DONE
             if self._copier is None:
@@ -233,7 +248,8 @@ class Device:
                 lambda: copy_bytes(target.data_ptr(), source.data_ptr(), nbytes),
                 f"a copy of {nbytes} bytes to the host",
             )
-        ready = torch.cuda.current_stream(self.device).record_event()
+        if ready is None:
+            ready = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.d2h_stream):
             self.d2h_stream.wait_event(ready)
             self._late()

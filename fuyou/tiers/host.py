@@ -14,6 +14,7 @@ from fuyou.core.ledger import Ledger
 from fuyou.core.races import Races
 from fuyou.core.sizes import align_up, format_bytes
 from fuyou.core.ticket import DEADLINE_S, Ticket
+from fuyou.tiers.free import FreeRanges
 from fuyou.tiers.pages import PAGE_BYTES, Pages
 
 LATE_POLL_S = 0.05  # nobody tells an arena that an operation has ended
@@ -74,7 +75,7 @@ class Arena:
         self.note = ""
         self.pinned = False
         self._ledger = ledger
-        self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), sorted, never adjacent
+        self._free = FreeRanges(self.nbytes)
         self._changed = threading.Condition()
         self._leases = 0
         self._late: list[tuple[tuple[Ticket, ...], Lease]] = []  # released, but operations move their bytes
@@ -141,15 +142,7 @@ class Arena:
             size = align_up(lease.nbytes, PAGE_BYTES)
             if self._races is not None:  # before anybody else can have them; nothing is left of them after `close`
                 self._races.fill(self.bytes[lease.offset : lease.offset + size])
-            self._free.append((lease.offset, size))
-            self._free.sort()
-            merged: list[tuple[int, int]] = []
-            for offset, nbytes in self._free:
-                if merged and sum(merged[-1]) == offset:
-                    merged[-1] = (merged[-1][0], merged[-1][1] + nbytes)
-                else:
-                    merged.append((offset, nbytes))
-            self._free = merged
+            self._free.give(lease.offset, size)
             self._leases -= 1
             self._held[lease.category] -= size
             self._ledger.discharge("host", lease.category, size)
@@ -168,17 +161,16 @@ class Arena:
 
     def _take(self, nbytes: int, category: str) -> Lease | None:
         size = align_up(nbytes, PAGE_BYTES)
-        for index, (offset, free) in enumerate(self._free):
-            if free >= size:
-                if self._races is not None:
-                    what = f"host memory for {category} ({nbytes} bytes at offset {offset} of the arena)"
-                    self._races.check(self.bytes[offset : offset + size], what)
-                self._ledger.charge("host", category, size)
-                self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
-                self._leases += 1
-                self._held[category] += size
-                return Lease(self, offset, nbytes, category)
-        return None
+        offset = self._free.take(size)
+        if offset is None:
+            return None
+        if self._races is not None:
+            what = f"host memory for {category} ({nbytes} bytes at offset {offset} of the arena)"
+            self._races.check(self.bytes[offset : offset + size], what)
+        self._ledger.charge("host", category, size)
+        self._leases += 1
+        self._held[category] += size
+        return Lease(self, offset, nbytes, category)
 
     def _holders(self) -> str:
         return ", ".join(f"{category} {format_bytes(held)}" for category, held in self._held.most_common() if held)

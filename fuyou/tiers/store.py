@@ -133,6 +133,11 @@ class Store:
             return self._commits.begin(step, text)
 
     @property
+    def room_bytes(self) -> int:
+        """What extents may still be added within the budget; the drives themselves may have less."""
+        return self._ledger.room("nvme")
+
+    @property
     def committed_step(self) -> int:
         """The newest step that is complete on the drives, 0 before any is."""
         return self._commits.committed_step if self._commits is not None else 0

@@ -1,0 +1,105 @@
+"""Room on the drives for bytes of one step, which no record names: taken when they come, given back when they are used."""
+
+from __future__ import annotations
+
+import threading
+
+from fuyou.core.errors import StateError
+from fuyou.core.sizes import align_up
+from fuyou.core.ticket import DONE, Ticket
+from fuyou.tiers.extents import Extent, Part, Slot, Transfer
+from fuyou.tiers.free import FreeRanges
+from fuyou.tiers.shares import UNIT_BYTES
+from fuyou.tiers.store import Store
+
+# What a drive's file grows by: often enough that little is held that nobody needs, seldom enough that growing costs nothing.
+REGION_BYTES = 64 << 20
+
+
+class Place:
+    """`nbytes` (a multiple of 4096) on the drives with one holder, who writes them once, reads them, and gives them back.
+
+    `release` may come at any time: the memory is the operations' own, and engines order what overlaps in a file.
+    """
+
+    __slots__ = ("_offset", "_region", "_scratch", "_slot", "_written", "nbytes")
+
+    def __init__(self, scratch: Scratch, region: int, offset: int, nbytes: int, slot: Slot) -> None:
+        self._scratch: Scratch | None = scratch
+        self._region = region
+        self._offset = offset
+        self._slot = slot
+        self._written: Ticket | None = None
+        self.nbytes = nbytes
+
+    def write(self, address: int, keep: object) -> Ticket:
+        """Start writing `nbytes` from `address`; `keep` lives until that has ended."""
+        self._written = self._transfer("write", address, keep)
+        return self._written
+
+    def read(self, address: int, keep: object) -> Ticket:
+        """Start reading to `address`, behind the write, whose error the ticket raises too."""
+        if self._written is None:
+            raise StateError(f"{self.nbytes} bytes of scratch on the drives were read before they were written.")
+        return Transfer(self._transfer("read", address, keep), self._written or DONE)
+
+    def release(self) -> None:
+        """Once; idempotent."""
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.give_back(self._region, self._offset, self.nbytes)
+
+    def _transfer(self, kind: str, address: int, keep: object) -> Ticket:
+        if self._scratch is None:
+            raise StateError(f"{self.nbytes} bytes of scratch on the drives were used after they were given back.")
+        return self._scratch.transfer(kind, self._slot, address, keep)
+
+
+class Scratch:
+    """Sub-allocates extents of the store, which it makes as they are needed and keeps. Any thread may call.
+
+    In regions of up to `region_bytes`, striped over the drives as every extent is; what is left of the budget may be less.
+    """
+
+    def __init__(self, store: Store, category: str, region_bytes: int = REGION_BYTES) -> None:
+        self._store = store
+        self._category = category
+        self._region_bytes = align_up(region_bytes, UNIT_BYTES)
+        self._lock = threading.Lock()
+        self._regions: list[tuple[Extent, FreeRanges]] = []
+
+    def take(self, nbytes: int) -> Place:
+        """Room for `nbytes`, rounded up to 4096. BudgetError or StoreError where the drives have none."""
+        size = align_up(nbytes, UNIT_BYTES)
+        with self._lock:
+            for index, (extent, free) in enumerate(self._regions):
+                offset = free.take(size)
+                if offset is not None:
+                    return Place(self, index, offset, size, slice_of(extent.slots[0], offset, size))
+            region = max(size, min(self._region_bytes, self._store.room_bytes))
+            extent = self._store.add(region // UNIT_BYTES * UNIT_BYTES, self._category, 1)
+            free = FreeRanges(extent.nbytes)
+            self._regions.append((extent, free))
+            offset = free.take(size) or 0
+            return Place(self, len(self._regions) - 1, offset, size, slice_of(extent.slots[0], offset, size))
+
+    def give_back(self, region: int, offset: int, nbytes: int) -> None:
+        """Called by Place.release only."""
+        with self._lock:
+            self._regions[region][1].give(offset, nbytes)
+
+    def transfer(self, kind: str, slot: Slot, address: int, keep: object) -> Ticket:
+        """Called by Place only."""
+        with self._store.lock:  # of the drives' counters
+            return self._store.transfer(kind, slot, address, keep)
+
+
+def slice_of(slot: Slot, offset: int, nbytes: int) -> Slot:
+    """The parts of `slot` that hold its bytes from `offset` on, `nbytes` of them."""
+    parts = []
+    for drive, start, size in slot:
+        first, last = max(offset, 0), min(offset + nbytes, size)
+        if first < last:
+            parts.append(Part(drive, start + first, last - first))
+        offset -= size
+    return tuple(parts)
