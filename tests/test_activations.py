@@ -24,6 +24,10 @@ MODES = {
     "nvme": Placement("nvme"),
     "recompute, inputs on the host": Placement("recompute", "host"),
     "recompute, inputs on NVMe": Placement("recompute", "nvme"),
+    "recompute, some results kept": Placement("recompute", results=((0, "device"), (3, "device"))),
+    "recompute, inputs and results on three tiers": Placement(
+        "recompute", "host", ((0, "nvme"), (1, "host"), (3, "nvme"), (4, "device"))
+    ),
 }
 
 
@@ -35,7 +39,7 @@ def _everything_moves(monkeypatch):
 @contextlib.contextmanager
 def placed(placement: Placement, monkeypatch) -> Any:
     """A config whose blocks all have this placement, whether the public names have it or not."""
-    name = "nvme" if "nvme" in (placement.saved, placement.inputs) else "host"
+    name = "nvme" if "nvme" in (placement.saved, placement.inputs) else "host"  # the tiers that are planned for
     monkeypatch.setitem(activations.PLACEMENTS, name, placement)
     yield name
 
@@ -71,8 +75,9 @@ def check_equal(
 @pytest.mark.parametrize("name", [name for name in models.CASES if name != "wide"])
 def test_equal_to_plain_pytorch(name, mode, nvme, monkeypatch):
     report = check_equal(name, mode, nvme, monkeypatch).dict()
-    tier = "nvme" if "nvme" in (MODES[mode].saved, MODES[mode].inputs) else "host"
-    assert report["tiers"][tier]["by_category"]["activations"] > 0
+    tiers = {MODES[mode].saved, MODES[mode].inputs, *(tier for _, tier in MODES[mode].results)} & {"host", "nvme"}
+    for tier in tiers:
+        assert report["tiers"][tier]["by_category"]["activations"] > 0
 
 
 @pytest.mark.parametrize("mode", ["host", "recompute, inputs on the host"])

@@ -25,9 +25,11 @@ from torch import nn
 from fuyou.core.errors import StateError
 from fuyou.core.phase import phase
 from fuyou.swap.book import Held, TensorBook
+from fuyou.swap.results import Giving, Saving
 from fuyou.swap.snapshot import ModuleState, detached, snapshot, tensors_in
 from fuyou.swap.stash import Stash, Stashed
 from fuyou.swap.unit import Unit
+from fuyou.swap.version import Version
 from fuyou.tiers.device import Device
 
 
@@ -67,26 +69,6 @@ class HookStack:
         if getattr(self._depth, "value", 0):
             return contextlib.nullcontext()
         return self.entered(Kept, Kept.value)
-
-
-class Version:
-    """How often a tensor had been changed in place when it was saved; torch looks at this only where no hook saves."""
-
-    __slots__ = ("_counter", "_shape", "_version")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._counter = tensor.detach()  # has the same counter, and keeps it without the bytes
-        self._counter.data = tensor.new_empty(0)
-        self._shape = tuple(tensor.shape)
-        self._version = tensor._version
-
-    def check(self) -> None:
-        if self._counter._version != self._version:
-            raise StateError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
-                f"shape {self._shape} is at version {self._counter._version}; expected version {self._version} "
-                "instead. Run backward before changing it, or compute the loss again."
-            )
 
 
 class Kept(Version):
@@ -148,12 +130,14 @@ class SavedIndex:
 class Placement:
     """What becomes of what a block's forward saves for its backward.
 
-    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". `inputs`, of a block that
-    recomputes: they stay on the "device", or go to "host" or "nvme".
+    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". Of a block that recomputes:
+    `inputs` stay on the "device", or go to "host" or "nvme", and `results` are (ordinal of a costly operation, tier) whose
+    results are saved too, so that the recomputation skips these operations.
     """
 
     saved: str
     inputs: str = "device"
+    results: tuple[tuple[int, str], ...] = ()
 
 
 KEEP = Placement("keep")
@@ -225,7 +209,7 @@ class Frame:
         self._random = RandomState(self._device_of(versions))
         self._autocast = Autocast()
         self._state = ModuleState(self.module, self._mutable_buffers)
-        with self._hooks.entered(self.pack, self.unpack):
+        with self._saving(), self._hooks.entered(self.pack, self.unpack):
             result = self._forward(*args, **kwargs)
         self._state.after_forward()
         if any(tensor._version != version for tensor, version in versions):
@@ -236,6 +220,22 @@ class Frame:
         if self._place.inputs != "device":
             self._inputs_leave()
         return result
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Results of costly operations are saved as the placement says."""
+        self._results: dict[int, tuple[list[SavedAway | Held], bool]] = {}
+        if not self._place.results:
+            yield
+            return
+
+        def save(tensor: torch.Tensor, tier: str) -> SavedAway | Held:
+            away = self._put(tensor, tier) if tier != "device" else None
+            return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
+
+        with Saving(dict(self._place.results), save) as saving:
+            yield
+        self._results = saving.results()
 
     def _inputs_leave(self) -> None:
         """What the forward has used: the recomputation brings it back."""
@@ -349,6 +349,9 @@ class Frame:
             _, away, requires_grad = self._away.get(id(tensor), (None, None, False))
             return detached(tensor) if away is None else away.tensor().requires_grad_(requires_grad)
 
+        def result_of(saved: SavedAway | Held) -> torch.Tensor:
+            return saved.tensor() if isinstance(saved, SavedAway) else saved.tensor.detach()
+
         args, kwargs = snapshot((self._args, self._kwargs), replace=back)
         inputs = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
         with (
@@ -358,6 +361,7 @@ class Frame:
             self._autocast.entered(),
             self._state.before_forward(),
             torch.enable_grad(),
+            Giving(self._results, result_of) if self._results else contextlib.nullcontext(),
             self._hooks.entered(keep, give),
             contextlib.suppress(_Enough),
         ):
