@@ -13,6 +13,8 @@ from typing import Any
 import models
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fuyou
 from fuyou.swap import activations, stash
@@ -91,3 +93,225 @@ def test_equal_without_a_drive(name, mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_under_random_delays(mode, seed, nvme, monkeypatch):
     check_equal("gpt", mode, nvme, monkeypatch, debug_races=seed)
+
+
+# --- what a block may do ------------------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    """x · sin(x), with a tensor saved that is neither an input nor an output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        sine = x.sin()
+        ctx.save_for_backward(x, sine)
+        return x * sine
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        x, sine = ctx.saved_tensors
+        return gradient * (sine + x * x.cos())
+
+
+class Odd(nn.Module):
+    """Saves one tensor many times, in views; changes a matmul's result in place; has a custom function."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.register_buffer("mask", torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu_()
+        a, b, c = y.chunk(3, -1)
+        z = a * b + b * c + c.t().contiguous().t() * a + y[:, : x.shape[1]].exp()
+        z = torch.nn.functional.dropout(Double.apply(z), 0.2, self.training) * self.mask
+        return x + self.second(torch.cat([z, a, b], -1)) * x
+
+
+class Inner(nn.Module):
+    """A block with the user's own checkpoint inside."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.odd, self.other, self.reentrant = Odd(), nn.Linear(24, 24), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.odd, torch.tanh(self.other(x)), use_reentrant=self.reentrant) + x
+
+
+class Stack(nn.Module):
+    def __init__(self, make: Any, count: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make() for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Cast(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def both_ways(make: Any, loop: Any, mode: str, nvme: Path, monkeypatch, **options: Any) -> None:
+    """`loop(model, optimizer)` sees the same on a plain and on a wrapped model."""
+    plain = make()
+    seen = loop(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True))
+    model = make()
+    with placed(MODES[mode], monkeypatch) as public:
+        config = fuyou.Config(activations=public, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        with fuyou.wrap(model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=config) as run:
+            found = loop(model, run.optimizer)
+            assert run._ledger.held("device", "activations") == 0
+            assert run._ledger.held("host", "activations") == 0
+    assert len(found) == len(seen) > 0
+    for index, (a, b) in enumerate(zip(found, seen, strict=True)):
+        assert torch.equal(a, b), index
+
+
+def steps(model: nn.Module, optimizer: Any, backward: Any = lambda loss: loss.backward(), count: int = 3) -> list[Any]:
+    seen = []
+    for step in range(count):
+        torch.manual_seed(step)
+        loss = model(torch.randn(17, 24, requires_grad=True)).square().mean()
+        backward(loss)
+        seen += [loss.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen + [each.detach().clone() for each in model.parameters()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_views_in_place_changes_and_custom_functions(mode, nvme, monkeypatch):
+    both_ways(lambda: Stack(Odd), steps, mode, nvme, monkeypatch, debug_races=1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["host", "nvme", "recompute, inputs on NVMe"])
+def test_the_users_own_checkpoint_inside(mode, reentrant, nvme, monkeypatch):
+    both_ways(lambda: Stack(lambda: Inner(reentrant)), steps, mode, nvme, monkeypatch, debug_races=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode, nvme, monkeypatch):
+    both_ways(lambda: Cast(Odd), steps, mode, nvme, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_that_is_retained_is_differentiated_twice(mode, nvme, monkeypatch):
+    def twice(loss):
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    both_ways(lambda: Stack(Odd), lambda *sides: steps(*sides, twice), mode, nvme, monkeypatch, debug_races=3)
+
+
+@pytest.mark.parametrize("mode", ["host", "nvme"])
+def test_a_gradient_of_a_gradient(mode, nvme, monkeypatch):
+    def loop(model, optimizer):
+        seen = []
+        for step in range(2):
+            torch.manual_seed(step)
+            x = torch.randn(5, 24, requires_grad=True)
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            slope.square().sum().backward()
+            seen += [slope.detach(), x.grad]
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen + [each.detach().clone() for each in model.parameters()]
+
+    both_ways(
+        lambda: Stack(lambda: nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))),
+        loop,
+        mode,
+        nvme,
+        monkeypatch,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forward_without_a_backward_gives_everything_back(mode, nvme, monkeypatch):
+    def loop(model, optimizer):
+        seen = [model(torch.ones(3, 24) * number).detach() for number in range(3)]
+        kept = model(torch.ones(3, 24))  # its graph lives over a whole step
+        seen += steps(model, optimizer, count=1)
+        del kept
+        return seen
+
+    both_ways(lambda: Stack(lambda: nn.Sequential(Odd(), nn.Linear(24, 24))).eval(), loop, mode, nvme, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_graphs_at_once_are_differentiated_in_the_order_of_their_making(mode, nvme, monkeypatch):
+    def loop(model, optimizer):
+        torch.manual_seed(0)
+        losses = [model(torch.randn(7, 24)).square().mean() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+        return [loss.detach() for loss in losses] + [each.detach().clone() for each in model.parameters()]
+
+    both_ways(lambda: Stack(Odd), loop, mode, nvme, monkeypatch, debug_races=4)
+
+
+class Spoiler(nn.Module):
+    """Changes what `exp` saved for its backward: its own result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x).exp()
+        y.mul_(2.0)
+        return y
+
+
+@pytest.mark.parametrize("mode", ["keep", "host", "nvme"])
+def test_a_saved_tensor_that_was_changed_is_refused_as_torch_does(mode, nvme):
+    model = Stack(Spoiler)
+    x = torch.randn(5, 24)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).sum().backward()
+    config = fuyou.Config(activations=mode)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with fuyou.wrap(model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=config):
+        with pytest.raises(fuyou.StateError, match=r"modified by an inplace operation: a tensor of shape \(5, 24\)"):
+            model(x).sum().backward()
+
+
+@pytest.mark.parametrize(("ordinals", "left"), [((), 4), ((0,), 2), ((0, 1), 0), ((1,), 2), ((2,), 4)])
+def test_an_operation_whose_result_was_saved_is_not_run_again(ordinals, left, nvme, monkeypatch):
+    """Two blocks of three matmuls, the last of which nothing needs: two each to run again."""
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Counter.count += func is torch.ops.aten.addmm.default
+            return func(*args, **(kwargs or {}))
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(24, 48), nn.Linear(48, 48), nn.Linear(48, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.third(self.second(self.first(x).tanh()).tanh())
+
+    placement = Placement("recompute", results=tuple((ordinal, "nvme") for ordinal in ordinals))
+    model = Stack(Mlp, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with placed(placement, monkeypatch), fuyou.wrap(
+        model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=fuyou.Config(activations="host")
+    ):  # fmt: skip
+        loss = model(torch.randn(5, 24)).sum()
+        with Counter():
+            loss.backward()
+    assert Counter.count == left

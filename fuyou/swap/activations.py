@@ -85,6 +85,20 @@ class Kept(Version):
         return self._tensor
 
 
+class SavedHere(Held):
+    """A tensor that stays on the device until backward has used it."""
+
+    __slots__ = ("_version",)
+
+    def __init__(self, tensor: torch.Tensor, book: TensorBook, what: str) -> None:
+        super().__init__(tensor.detach(), book, what)
+        self._version = Version(tensor)
+
+    def value(self) -> torch.Tensor:
+        self._version.check()
+        return self.tensor
+
+
 class SavedWeight:
     """A view of a unit's storage, by its place."""
 
@@ -269,10 +283,10 @@ class Frame:
         if self._place.saved != "recompute":
             away = self._put(tensor, self._place.saved) if self._place.saved != "keep" else None
             # Detached: autograd hands a leaf itself, and a parameter of another block goes away again after this call.
-            return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
+            return away or SavedHere(tensor, self._book, f"what {self.name} saves")
         if tensor.untyped_storage()._cdata in self._inputs:
             away = self._put(tensor, self._place.inputs) if self._place.inputs != "device" else None
-            return away or Held(tensor.detach(), self._book, f"the inputs of {self.name}")
+            return away or SavedHere(tensor, self._book, f"the inputs of {self.name}")
         self.needs_weights = True
         self._saved.append((tensor.shape, tensor.dtype))
         return SavedIndex(self, len(self._saved) - 1)
@@ -294,8 +308,8 @@ class Frame:
 
     @torch.compiler.disable
     def unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, Held):
-            return packed.tensor
+        if isinstance(packed, SavedHere):
+            return packed.value()
         if isinstance(packed, SavedAway):
             return packed.tensor()
         if isinstance(packed, SavedWeight):
