@@ -13,7 +13,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fuyou.plan.cost import FUYOU_BF16, Action, BlockNumbers, Choice, Place, Prediction, Traffic, predict, swapped_bytes
+from fuyou.plan.cost import (
+    FUYOU_BF16,
+    Action,
+    BlockNumbers,
+    Choice,
+    Place,
+    Prediction,
+    Traffic,
+    predict,
+    step_seconds,
+    swapped_bytes,
+)
 from fuyou.plan.machine import Machine
 
 
@@ -143,18 +154,19 @@ def _stop(
     """All that stays on the device, which costs nothing, and the fastest prefix of the rest, the shortest of those."""
     kept = [each for each in order if each[2] == "keep"]
     moved = [each for each in order if each[2] != "keep"]
-    tried: dict[int, Activations] = {}
+    tried: dict[int, float] = {}
 
-    def taken(count: int) -> Activations:
-        if count not in tried:
-            actions: list[list[Action]] = [["recompute"] * len(each.items) for each in blocks]
-            for block, index, action in (*kept, *moved[:count]):
-                actions[block][index] = action
-            tried[count] = _result(machine, blocks, choice, traffic, inputs, tuple(map(tuple, actions)))
-        return tried[count]
+    def chosen(count: int) -> tuple[tuple[Action, ...], ...]:
+        actions: list[list[Action]] = [["recompute"] * len(each.items) for each in blocks]
+        for block, index, action in (*kept, *moved[:count]):
+            actions[block][index] = action
+        return tuple(map(tuple, actions))
 
     def seconds(count: int) -> float:
-        return round(taken(count).prediction.seconds_per_step, 9)
+        if count not in tried:
+            plan = replace(choice, actions=chosen(count), inputs=inputs)
+            tried[count] = round(step_seconds(machine, blocks, plan, traffic), 9)
+        return tried[count]
 
     low, high = 0, len(moved)
     while low < high:  # convex: where one more does not help, no more does
@@ -163,7 +175,7 @@ def _stop(
             low = middle + 1
         else:
             high = middle
-    return taken(low)
+    return _result(machine, blocks, choice, traffic, inputs, chosen(low))
 
 
 def _result(

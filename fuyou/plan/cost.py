@@ -42,11 +42,13 @@ TIERS = ("device", "host", "nvme")
 @dataclass(frozen=True)
 class Item:
     """What a block saves for backward and may be kept, swapped or recomputed as one: `recompute_s` is the time that having
-    it spares, over the whole batch."""
+    it spares, over the whole batch. `read_by_backward`: False for what backward itself does not read, such as the output of a
+    block's last product, whose only use is that it need not be computed again: it takes no room while its block runs."""
 
     name: str
     nbytes: int
     recompute_s: float
+    read_by_backward: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class BlockNumbers:
     input_bytes: int
     items: tuple[Item, ...] = ()
     working_bytes: int = 0
+    tied_bytes: int = 0  # of weight_bytes, what is stored with another block: fetched here too, kept once
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Traffic:
     dram_bytes: float
     forward_reads: int = 1
     backward_reads: int = 1
+    gradients_wait: bool = True  # False: the update takes each gradient as it comes, and none is held in host memory
 
 
 # fuyou, from fuyou/plan/planner.py's bytes of each kind and DESIGN's 'State format': on NVMe alone 16 bytes a parameter read
@@ -93,8 +97,9 @@ FUYOU_FP32 = Traffic("fuyou, fp32", weight_bytes=4, gradient_bytes=4, state_byte
 # The Fuyou paper's system: fp32 master, m and v, and an fp16 copy. 14 bytes a parameter each way [EVIDENCE 1]: the copy is
 # read from the drives once, and gradients are used in host memory.
 PAPER = Traffic(
-    "the Fuyou paper's system", weight_bytes=2, gradient_bytes=2, state_bytes=12, dram_bytes=28, backward_reads=0
-)
+    "the Fuyou paper's system", weight_bytes=2, gradient_bytes=2, state_bytes=12, dram_bytes=28, backward_reads=0,
+    gradients_wait=False,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,11 @@ def predict(
     )
 
 
+def step_seconds(machine: Machine, blocks: Sequence[BlockNumbers], choice: Choice, traffic: Traffic) -> float:
+    """predict(...).seconds_per_step alone, for those who compare many plans."""
+    return sum(_times(Question(machine, tuple(blocks), choice, traffic))) + machine.tail_s
+
+
 def _times(question: Question, *, without: str = "", update: bool = True) -> tuple[float, float, float]:
     """Seconds of forward, backward and the update after them; as if the resource `without` took no time."""
     machine, choice = question.machine, question.choice
@@ -300,7 +310,7 @@ def peak_bytes(
     Device, activations: what waits there for backward; and of the block whose backward runs, all that is not kept (one slice
     of it), its temporaries, its input, and of `in_flight` blocks what was swapped.
     """
-    weights = sum(each.weight_bytes for each in blocks)
+    weights = sum(each.weight_bytes - each.tied_bytes for each in blocks)
     elements = sum(each.elements for each in blocks)
     gradients, state = elements * traffic.gradient_bytes, elements * traffic.state_bytes
     swapped = swapped_bytes(blocks, choice)
@@ -317,7 +327,7 @@ def peak_bytes(
         },
         "host": {
             "weights": weights * choice.host_weights,
-            "gradients": gradients * choice.host_gradients,
+            "gradients": gradients * choice.host_gradients if traffic.gradients_wait else 0,
             "optimizer": state * choice.host_state,
             "activations": swapped["host"] * machine.gpu_count,
             "staging": choice.staging_bytes,
@@ -334,7 +344,11 @@ def peak_bytes(
 
 def _running_bytes(block: BlockNumbers, index: int, choice: Choice) -> int:
     actions = [choice.action(index, item) for item in range(len(block.items))]
-    away = sum(item.nbytes for item, action in zip(block.items, actions, strict=True) if action != "keep")
+    away = sum(
+        item.nbytes
+        for item, action in zip(block.items, actions, strict=True)
+        if action != "keep" and item.read_by_backward
+    )
     swapped = sum(item.nbytes for item, action in zip(block.items, actions, strict=True) if action in ("host", "nvme"))
     fetched = block.input_bytes if choice.input_place(index) != "device" and "recompute" in actions else 0
     return (away + block.working_bytes) // choice.slices + fetched + choice.in_flight * (swapped + fetched)
