@@ -1,0 +1,254 @@
+"""A model on a machine: does it fit, and how long does a step take? Numbers in, a frozen answer out.
+
+The same cost model as the run-time planner's (fuyou/plan/cost.py); what differs is only that block times come from
+operations and the device's rate (fuyou/plan/shapes.py), not from a profile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from fuyou.core.sizes import format_bytes
+from fuyou.plan.activations import Activations, NoRoom, Room, choose_activations
+from fuyou.plan.cost import TIERS, BlockNumbers, Choice, Place, Prediction, Update, predict
+from fuyou.plan.machine import Machine
+from fuyou.plan.shapes import ModelShape, Work, block_numbers
+from fuyou.plan.systems import System
+
+HOST_SHARES = (
+    1.0,
+    0.75,
+    0.5,
+    0.25,
+    0.0,
+)  # of the host memory that is left, for weights and state; the rest for activations
+OPTIONS = {"device": "--gpu", "host": "--ram", "nvme": "--nvme"}
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes a tier; the device's is of each GPU."""
+
+    device: int
+    host: int
+    nvme: int
+
+    def of(self, tier: str) -> int:
+        return {"device": self.device, "host": self.host, "nvme": self.nvme}[tier]
+
+
+@dataclass(frozen=True)
+class Request:
+    model: ModelShape
+    machine: Machine
+    system: System
+    work: Work
+    accumulation: int
+    budgets: Budgets
+
+
+@dataclass(frozen=True)
+class Short:
+    """A tier whose budget is too small, whatever is chosen: `needed_bytes` is the least with which it could be right."""
+
+    tier: str
+    needed_bytes: int
+    given_bytes: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """`prediction` is of the fastest plan that fits; where none does, of the smallest plan there is, to show its bytes."""
+
+    request: Request
+    fits: bool
+    prediction: Prediction
+    activations: Activations | None
+    short: tuple[Short, ...]
+    batch_that_fits: int | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.request.work.tokens * self.request.accumulation * self.request.machine.gpu_count
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.tokens_per_step / self.prediction.seconds_per_step
+
+    def tflops(self, times: int) -> float:
+        """`times` x N x tokens a second: 6 counts forward and backward, 8 a recomputed forward too, made or not."""
+        return times * self.request.model.active_elements * self.tokens_per_second / 1e12
+
+    @property
+    def drive_life_steps(self) -> float:
+        written = self.prediction.nvme_write_bytes
+        return self.request.machine.endurance_bytes / written if written else math.inf
+
+    @property
+    def drive_life_days(self) -> float:
+        """Of training without a pause, until the first drive has written what its vendor grants."""
+        return self.drive_life_steps * self.prediction.seconds_per_step / DAY_S
+
+
+def default_budgets(machine: Machine, system: System) -> Budgets:
+    """What the system takes when it is given no budget: of memory its share, of the drives all but 5 %."""
+    share = system.budget_share
+    return Budgets(
+        int(share * (machine.device_bytes - system.context_bytes)),
+        int(share * machine.host_bytes),
+        int(0.95 * machine.nvme_bytes),
+    )
+
+
+def simulate(request: Request) -> Simulation:
+    """The fastest plan of the system that fits, or what is short and the smallest change that would do."""
+    found = _best(request)
+    if found is not None:
+        return Simulation(request, True, found.prediction, found, (), None)
+    smallest = _smallest(request)
+    short = tuple(
+        Short(tier, smallest.tier_bytes(tier), request.budgets.of(tier))
+        for tier in TIERS
+        if smallest.tier_bytes(tier) > request.budgets.of(tier)
+    )
+    return Simulation(request, False, smallest, None, short, _batch_that_fits(request))
+
+
+def change_that_fits(simulation: Simulation) -> str:
+    """The smallest changes that would make it fit, each alone where one tier is short."""
+    budgets = [
+        f"{OPTIONS[each.tier]} {format_bytes(each.needed_bytes)} ({each.needed_bytes} bytes) in place of "
+        f"{format_bytes(each.given_bytes)}"
+        for each in simulation.short
+    ]
+    ways = [" and ".join(budgets)] if budgets else []
+    if simulation.batch_that_fits is not None:
+        ways.append(f"--batch {simulation.batch_that_fits} in place of {simulation.request.work.batch}")
+    return ", or ".join(ways)
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+def _numbers(request: Request) -> tuple[BlockNumbers, ...]:
+    system = request.system
+    return block_numbers(
+        request.model.blocks, request.work, flops_per_s=request.machine.flops_per_s, itemsize=system.itemsize,
+        temporaries=system.temporaries, tile_bytes=system.tile_bytes,
+    )  # fmt: skip
+
+
+def _best(request: Request) -> Activations | None:
+    """The fastest plan that fits: with as many slots on the device, and of NVMe's extents, as fit at all."""
+    system, machine = request.system, request.machine
+    blocks = _numbers(request)
+    for slots in system.device_slots:
+        for update, state_slots in zip(system.updates, range(system.state_slots, 0, -1), strict=False):
+            found = [
+                chosen
+                for share in _host_shares(request, blocks)
+                for chosen in _with_activations(
+                    request, blocks, _choice(request, slots, update, state_slots if machine.drives else 1, share)
+                )
+            ]
+            if found:
+                return min(found, key=lambda each: round(each.prediction.seconds_per_step, 6))
+    return None
+
+
+def _host_shares(request: Request, blocks: tuple[BlockNumbers, ...]) -> list[float]:
+    """Of weights, gradients and state, what may live in host memory; all, where there is no drive."""
+    if not request.machine.drives:
+        return [1.0]
+    if not request.system.uses_host:
+        return [0.0]
+    room = request.budgets.host - request.system.staging_bytes(request.budgets.host)
+    most = min(1.0, room / max(1, _bytes_of_all(blocks, request)))
+    return sorted({most * share for share in HOST_SHARES}, reverse=True)
+
+
+def _choice(request: Request, slots: int, update: Update, state_slots: int, share: float) -> Choice:
+    system = request.system
+    return Choice(
+        update=update,
+        host_weights=share,
+        host_gradients=share if system.traffic.gradients_wait else 1.0,
+        host_state=share,
+        state_slots=state_slots,
+        device_slots=slots,
+        gradient_slots=system.gradient_slots,
+        in_flight=system.in_flight,
+        accumulation=request.accumulation,
+        device_working_bytes=system.working_bytes,
+        staging_bytes=system.staging_bytes(request.budgets.host),
+    )
+
+
+def _bytes_of_all(blocks: tuple[BlockNumbers, ...], request: Request) -> int:
+    """Weights, gradients and state, all in host memory."""
+    home = replace(_choice(request, 1, request.system.updates[0], 1, 1.0), staging_bytes=0)
+    return predict(request.machine, blocks, home, request.system.traffic).tier_bytes("host")
+
+
+def _with_activations(request: Request, blocks: tuple[BlockNumbers, ...], choice: Choice) -> list[Activations]:
+    """The plan with activations that fit, chosen for some ways of dividing what is left of the device."""
+    system, machine, budgets = request.system, request.machine, request.budgets
+    base = predict(machine, blocks, replace(choice, inputs=("host",) * len(blocks)), system.traffic)
+    left = {tier: budgets.of(tier) - base.tier_bytes(tier) for tier in TIERS}
+    left["host"] += sum(each.input_bytes for each in blocks if each.items) * machine.gpu_count
+    if min(left.values()) < 0:
+        return []
+    found: list[Activations] = []
+    # For tensors that stay, and for swapped ones on their way.
+    for part in (0.0, 0.5, 1.0) if system.in_flight and system.keeps_on_device else (1.0,):
+        room = Room(
+            int(left["device"] * (1 - part)),
+            left["host"] // machine.gpu_count if system.swaps_to_host else 0,
+            left["nvme"] // machine.gpu_count,
+            int(left["device"] * part / system.in_flight) if system.in_flight else None,
+        )
+        try:
+            chosen = choose_activations(machine, blocks, choice, room, system.traffic)
+        except NoRoom:
+            continue
+        if all(chosen.prediction.tier_bytes(tier) <= budgets.of(tier) for tier in TIERS):
+            found.append(chosen)
+    return found
+
+
+# --- what is missing ------------------------------------------------------------------------------------------------
+
+
+def _smallest(request: Request) -> Prediction:
+    """The plan that needs least of the device, with as much as goes on the drives."""
+    blocks, machine, budgets = _numbers(request), request.machine, request.budgets
+    share = 1.0 if not machine.drives else 0.0
+    choice = _choice(request, request.system.device_slots[-1], request.system.updates[-1], 1, share)
+    if machine.drives and request.system.uses_host:  # what the drives cannot hold, host memory may
+        needed = predict(machine, blocks, choice, request.system.traffic).tier_bytes("nvme")
+        if needed > budgets.nvme:
+            room = budgets.host - choice.staging_bytes
+            share = min(1.0, (needed - budgets.nvme) / needed, max(0.0, room / needed))
+            choice = _choice(request, choice.device_slots, choice.update, 1, share)
+    place: Place = "nvme" if machine.drives else "host"
+    inputs: tuple[Place, ...] = tuple(place for _ in blocks)
+    choice = replace(choice, inputs=inputs)
+    return predict(machine, blocks, choice, request.system.traffic)
+
+
+def _batch_that_fits(request: Request) -> int | None:
+    """The largest smaller batch that fits; None where not even one row does."""
+
+    def fits(batch: int) -> bool:
+        return _best(replace(request, work=replace(request.work, batch=batch))) is not None
+
+    if request.work.batch == 1 or not fits(1):
+        return None
+    low, high = 1, request.work.batch  # fits, does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
