@@ -23,13 +23,16 @@ from fuyou.plan.planner import Plan
 from fuyou.report import Report
 from fuyou.runtime.away import Away
 from fuyou.runtime.build import Homes
+from fuyou.runtime.deciding import Deciding
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
 from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
 from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.optimizer import Optimizer
+from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
+from fuyou.runtime.profile import Profiler
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import PLACEMENTS, HookStack
@@ -103,6 +106,7 @@ class Run:
         self._pid = os.getpid()
         self._open = False
         self._units = [unit for unit, _ in planned.packed]
+        self._numbers = planned.numbers
         self._buffer_bytes = planned.buffer_bytes
         with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
             self._tiers = Tiers(
@@ -274,7 +278,9 @@ class Run:
             buffers=tiers.buffers(memory.piece_bytes, memory.buffers) if memory.buffers else None,
             stall=lambda: self._clock.stall("activations"), in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
-        self._gauge = TemporariesGauge(self._ledger, active=self.device.type == "cpu")
+        self._gauge = TemporariesGauge(
+            self._ledger, active=self.device.type == "cpu", committed=lambda: tiers.committed_bytes
+        )
         of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}
         loose = [unit for unit in self._units if not unit.owners]
         self._model_calls = BlockCalls(None, "the model", self.model, loose)
@@ -286,8 +292,21 @@ class Run:
             blocks=calls,
             units=self._units, swapper=self._swapper, gradients=self._gradients, updates=self._updates,
             away=self._away, book=book, stash=self._stash, hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=tiers.link, place=PLACEMENTS[config.activations], update=config.update,
+            gauge=self._gauge, device=tiers.link, placing=self._placing(plan, config), update=config.update,
             micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
+        )  # fmt: skip
+
+    def _placing(self, plan: Plan, config: Config) -> Placing:
+        """Who says where activations go."""
+        if config.activations != "auto":
+            return Fixed(PLACEMENTS[config.activations])
+        deciding = Deciding(
+            plan=plan, numbers=self._numbers, tiers=self._tiers, ledger=self._ledger, stash=self._stash,
+            updates=self._updates, config=config,
+        )  # fmt: skip
+        return Auto(
+            profiler=lambda: Profiler(self.device), decide=deciding.decide, room=deciding.device_room,
+            settled=lambda plan: None,
         )  # fmt: skip
 
     def _commit(self, step: int) -> Ticket:

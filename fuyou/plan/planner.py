@@ -39,6 +39,7 @@ WORKING_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 ACTIVATION_PIECE_BYTES = 4 << 20
 ACTIVATION_BUFFERS = 8
 SMALLEST_PIECE_BYTES = 64 << 10
+AUTO_SWAPS_FROM_BYTES = 256 << 20  # of host memory; a smaller budget has none to spare for what may not be used
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ def _plan_activations(ram_bytes: int, with_nvme: bool, activations: str) -> Acti
     piece = ACTIVATION_PIECE_BYTES
     while piece > SMALLEST_PIECE_BYTES and 16 * ACTIVATION_BUFFERS * piece > ram_bytes:
         piece //= 2
-    swaps_to_drives = with_nvme and activations in ("host", "nvme")
+    swaps_to_drives = with_nvme and (
+        activations in ("host", "nvme") or (activations == "auto" and ram_bytes >= AUTO_SWAPS_FROM_BYTES)
+    )
     return ActivationMemory(piece, ACTIVATION_BUFFERS if swaps_to_drives else 0)
 
 

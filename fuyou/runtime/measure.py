@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,10 @@ class TemporariesGauge:
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
     INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
-    def __init__(self, ledger: Ledger, *, active: bool) -> None:
+    def __init__(self, ledger: Ledger, *, active: bool, committed: Callable[[], int]) -> None:
+        """`committed()`: bytes of host memory that the run has taken by now, some of it perhaps after `start`."""
         self._ledger = ledger
+        self._committed = committed
         self._active = active
         self._baseline = 0
         self._highest = 0
@@ -119,9 +121,9 @@ class TemporariesGauge:
         self._next_s = 0.0
 
     def start(self) -> None:
-        """From here on what is not charged is temporary: host memory is committed, the device tier nearly empty."""
+        """From here on what is neither committed nor charged is temporary: the device tier is nearly empty."""
         trim_heap()
-        self._baseline = rss_bytes() - self._ledger.held("device")
+        self._baseline = rss_bytes() - self._ledger.held("device") - self._committed()
 
     def sample(self, leaving_bytes: int = 0) -> None:
         """`leaving_bytes`: what the caller knows of that is about to be charged."""
@@ -129,11 +131,12 @@ class TemporariesGauge:
             return
         self._next_s = time.monotonic() + self.INTERVAL_S
         held = self._ledger.held("device") + leaving_bytes
-        uncharged = rss_bytes() - self._baseline - held
+        baseline = self._baseline + self._committed()
+        uncharged = rss_bytes() - baseline - held
         if held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]:
             if uncharged > self._trimmed_at + self.TRIM_BYTES:
                 trim_heap()
-                uncharged = self._trimmed_at = rss_bytes() - self._baseline - held
+                uncharged = self._trimmed_at = rss_bytes() - baseline - held
         if uncharged > self._highest:
             self._highest = uncharged
             self._ledger.set_reserve("device", uncharged, refuse=self._steps < self.REFUSING_STEPS)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ from fuyou.runtime.foresight import Foresight
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.measure import StepClock, TemporariesGauge
 from fuyou.runtime.micro_batch import MicroBatches
+from fuyou.runtime.placing import Placing
 from fuyou.runtime.state_handle import StateHandle
-from fuyou.swap.activations import KEEP, Autocast, Frame, HookStack, Placement
+from fuyou.swap.activations import KEEP, Autocast, Frame, HookStack
 from fuyou.swap.book import TensorBook
 from fuyou.swap.gradients import Gradients
 from fuyou.swap.optimizer_state import StateAccess
+from fuyou.swap.snapshot import tensors_in
 from fuyou.swap.stash import Stash
 from fuyou.swap.unit import Chunk, Member, Unit
 from fuyou.swap.update import MemberUpdate
@@ -80,7 +83,7 @@ class Schedule:
         clock: StepClock,
         gauge: TemporariesGauge,
         device: Device,
-        place: Placement,
+        placing: Placing,
         update: str,
         micro_batches: MicroBatches,
         traffic: Callable[[], dict[str, int]],
@@ -97,7 +100,7 @@ class Schedule:
         self._clock = clock
         self._gauge = gauge
         self._device = device
-        self._place = place
+        self._placing = placing
         self._guess = update in ("auto", "speculative")
         self.planned: Callable[[Member], MemberUpdate | None] = lambda member: None
         self._foresight = Foresight(lambda member: self.planned(member), patient=update == "auto")
@@ -127,6 +130,8 @@ class Schedule:
             self.end_backward()  # an earlier backward may have ended in an exception
         self._away.settle()
         self._gradients.send_home()
+        if torch.is_grad_enabled():
+            self._placing.begin_forward(sum(each.numel() for each in tensors_in((args, kwargs))))
         return self.block_forward(model, args, kwargs)
 
     def block_forward(self, block: BlockCalls, args: tuple, kwargs: dict) -> Any:
@@ -159,12 +164,15 @@ class Schedule:
 
     def _frame(self, block: BlockCalls) -> Frame:
         hooks_inside = block.compiled and (block.module._forward_hooks or block.module._forward_pre_hooks)
-        place = self._place
-        if block.index is None or (hooks_inside and place.saved == "recompute"):  # hooks must run once
-            place = KEEP
+        place, watch = self._placing.of(block.index) if block.index is not None else (KEEP, None)
+        if hooks_inside and place.saved == "recompute":  # hooks must run once
+            place, watch = KEEP, None
+        if block.compiled:  # operations are inside of compiled code, where nobody counts them
+            place, watch = replace(place, results=()), None
         frame = Frame(
             block.name, block.module, block.forward, self, self._book, self._hooks, self._device, stash=self._stash,
             place=place, mutable_buffers=block.mutable_buffers, before=self._last_frame(),
+            watch=watch,
         )  # fmt: skip
         self._last_frame = weakref.ref(frame)
         self._frames[frame] = block
@@ -211,6 +219,7 @@ class Schedule:
             self._leave_current()
             self._get(block)
             self._current = block
+            self._placing.begin_backward(block.index)
             self._prefetch("backward", block)
             for unit in block.units:
                 for chunk in unit.chunks:
@@ -263,6 +272,8 @@ class Schedule:
 
     def end_backward(self) -> None:
         """A backward is over, or was left by an exception."""
+        if self._tasks:
+            self._placing.end_backward()
         self._tasks.clear()
         with self._lock:
             self._leave_current()
@@ -320,6 +331,7 @@ class Schedule:
         now = self._traffic()
         self._clock.end({name: now[name] - self._moved[name] for name in now}, record)
         self._moved = now
+        self._placing.end_step(record.get("seconds", 0.0))
         self._gauge.end_step()
         self._last.clear()
         self._fetch_ahead("forward", None)

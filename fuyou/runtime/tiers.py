@@ -24,6 +24,8 @@ from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
 from fuyou.tiers.io import Engine, LateEngine, open_for_drive
 from fuyou.tiers.store import Extent, Store
 
+SMALLEST_POOL_BYTES = 1 << 20
+
 
 class Tiers:
     """Ledger, store with an I/O engine a drive, host arenas, device link and Adam kernels of one run.
@@ -141,13 +143,26 @@ class Tiers:
         return arena
 
     @property
+    def committed_bytes(self) -> int:
+        """Of host memory, used or not."""
+        return self._committed_bytes
+
+    @property
     def lease_count(self) -> int:
         """Of host memory that is not given back yet."""
-        return sum(arena.lease_count for arena in (self.arena, self.resident))
+        return sum(arena.lease_count for arena in self._arenas)
 
     def buffers(self, nbytes: int, count: int) -> Buffers:
         """Staging of one thread's own."""
         return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s, races=self.races)
+
+    def open_pool(self) -> Arena | None:
+        """Host memory for activations beyond the plan's: most of what the budget still has, where that is worth anything.
+        The rest is for what is trained later and was frozen so far."""
+        room = (self._ram_bytes - self._committed_bytes) * 3 // 4
+        if self.pool is None and room >= SMALLEST_POOL_BYTES:
+            self.pool = self._open_arena(room // PAGE_BYTES * PAGE_BYTES)
+        return self.pool
 
     def in_flight(self) -> list[str]:
         """One line for each operation of the drives that has not ended."""

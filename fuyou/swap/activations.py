@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fuyou.core.errors import StateError
 from fuyou.core.phase import phase
@@ -46,6 +47,18 @@ class Weights(Protocol):
 
     def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
         """The unit's flat weights on the device, for a backward that is under way."""
+
+
+class Watch(Protocol):
+    """Who measures a call of a block that recomputes."""
+
+    def inputs(self, tensors: list[torch.Tensor]) -> None: ...
+
+    def saved(self, tensor: torch.Tensor) -> None: ...
+
+    def forward(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def recomputation(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class HookStack:
@@ -144,9 +157,9 @@ class SavedIndex:
 class Placement:
     """What becomes of what a block's forward saves for its backward.
 
-    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". Of a block that recomputes:
-    `inputs` stay on the "device", or go to "host" or "nvme", and `results` are (ordinal of a costly operation, tier) whose
-    results are saved too, so that the recomputation skips these operations.
+    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". `inputs`, of a block that
+    recomputes: they stay on the "device", or go to "host" or "nvme". `results`: (ordinal of a costly operation, tier); a
+    block that recomputes saves their results too, and skips these operations then; any other one saves them on that tier.
     """
 
     saved: str
@@ -187,6 +200,7 @@ class Frame:
         place: Placement,
         mutable_buffers: dict[str, bool],
         before: Frame | None,
+        watch: Watch | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -199,11 +213,13 @@ class Frame:
         self._device = device
         self._stash = stash
         self._place = place
+        self._watch = watch
         self._mutable_buffers = mutable_buffers
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
         self._inputs: dict[int, Held] = {}  # storage → one input
         self._away: dict[int, tuple[torch.Tensor, SavedAway, bool]] = {}  # id of what stands for an input → input
+        self._tiers: dict[int, tuple[str, StorageWeakRef]] = {}  # storage → where it goes, if not with the others
         self._stashed: list[weakref.ref[Stashed]] = []  # in the order in which they were saved
 
     # Forward ---------------------------------------------------------------------------------------------------------
@@ -211,7 +227,7 @@ class Frame:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's forward, its saved tensors packed. The caller has its weights on the device."""
         if self._place.saved != "recompute":
-            with self._hooks.entered(self.pack, self.unpack):
+            with self._placing(), self._hooks.entered(self.pack, self.unpack):
                 return self._forward(*args, **kwargs)
         self._writes = self._weights.writes_of(self)
         self._args, self._kwargs = snapshot((args, kwargs), detach=True)
@@ -223,7 +239,10 @@ class Frame:
         self._random = RandomState(self._device_of(versions))
         self._autocast = Autocast()
         self._state = ModuleState(self.module, self._mutable_buffers)
-        with self._saving(), self._hooks.entered(self.pack, self.unpack):
+        if self._watch is not None:
+            self._watch.inputs([tensor for tensor, _ in versions])
+        watched = self._watch.forward() if self._watch is not None else contextlib.nullcontext()
+        with watched, self._saving(), self._hooks.entered(self.pack, self.unpack):
             result = self._forward(*args, **kwargs)
         self._state.after_forward()
         if any(tensor._version != version for tensor, version in versions):
@@ -234,6 +253,17 @@ class Frame:
         if self._place.inputs != "device":
             self._inputs_leave()
         return result
+
+    def _placing(self) -> contextlib.AbstractContextManager[Any]:
+        """Results of costly operations that are saved at all are saved where the placement says."""
+        if not self._place.results:
+            return contextlib.nullcontext()
+
+        def note(tensor: torch.Tensor, tier: str) -> None:
+            storage = tensor.untyped_storage()
+            self._tiers[storage._cdata] = tier, StorageWeakRef(storage)  # which keeps the name from being used again
+
+        return Saving(dict(self._place.results), note)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -281,13 +311,16 @@ class Frame:
             self.needs_weights = True
             return SavedWeight(self, unit, tensor)
         if self._place.saved != "recompute":
-            away = self._put(tensor, self._place.saved) if self._place.saved != "keep" else None
+            tier, _ = self._tiers.get(tensor.untyped_storage()._cdata, (self._place.saved, None))
+            away = self._put(tensor, tier) if tier in ("host", "nvme") else None
             # Detached: autograd hands a leaf itself, and a parameter of another block goes away again after this call.
             return away or SavedHere(tensor, self._book, f"what {self.name} saves")
         if tensor.untyped_storage()._cdata in self._inputs:
             away = self._put(tensor, self._place.inputs) if self._place.inputs != "device" else None
             return away or SavedHere(tensor, self._book, f"the inputs of {self.name}")
         self.needs_weights = True
+        if self._watch is not None:
+            self._watch.saved(tensor)
         self._saved.append((tensor.shape, tensor.dtype))
         return SavedIndex(self, len(self._saved) - 1)
 
@@ -366,9 +399,11 @@ class Frame:
         def result_of(saved: SavedAway | Held) -> torch.Tensor:
             return saved.tensor() if isinstance(saved, SavedAway) else saved.tensor.detach()
 
+        watched = self._watch.recomputation() if self._watch is not None else contextlib.nullcontext()
         args, kwargs = snapshot((self._args, self._kwargs), replace=back)
         inputs = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
         with (
+            watched,
             phase(f"fuyou::recompute {self.name}"),
             self._device.within_budget(self.name),
             RandomState(self._random.device).kept(),

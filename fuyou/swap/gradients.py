@@ -87,6 +87,7 @@ class Gradients:
     ) -> None:
         self._device = device
         self._complete = complete
+        ledger.relievers.insert(0, self._await_leaving)
         self._drop_idle = drop_idle  # weights that nobody uses make room for a gradient
         self._ledger = ledger
         self._writes = writes
@@ -336,6 +337,15 @@ class Gradients:
                 return
             self._leaving[0][0].wait()
             self._discharge_left()
+
+    def _await_leaving(self) -> bool:
+        """A gradient that is on its way out will be gone."""
+        self._discharge_left()
+        if not self._leaving:
+            return False
+        self._leaving[0][0].wait()
+        self._discharge_left()
+        return True
 
     def _discharge_left(self) -> None:
         while self._leaving and self._leaving[0][0].done():

@@ -18,29 +18,36 @@ from fuyou.swap.version import Version
 
 
 class Operation(NamedTuple):
-    """One costly operation of a forward: its name, FLOPs, bytes of its results, and whether these can stand for it."""
+    """One costly operation of a forward: its name, when it began and ended, bytes of its results, and whether these can
+    stand for it."""
 
     name: str
-    flops: int
+    began: Any
+    ended: Any
     result_bytes: int
     replaceable: bool
 
 
 class Counting(TorchDispatchMode):
-    """Lists the costly operations of what runs under it."""
+    """Lists the costly operations of what runs under it. `mark()` is the time now; `made(ordinal, results)` is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[], Any], made: Callable[[int, list[torch.Tensor]], None]) -> None:
         super().__init__()
+        self._mark = mark
+        self._made = made
         self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_costly(func):
+            return func(*args, **(kwargs or {}))
+        began = self._mark()
         result = func(*args, **(kwargs or {}))
-        if is_costly(func):
-            flops = int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result))
-            tensors = tensors_of(result)
-            nbytes = sum(each.untyped_storage().nbytes() for each in tensors or ())
-            replaceable = tensors is not None and _draws_nothing(func, args, kwargs or {})
-            self.operations.append(Operation(str(func), flops, nbytes, replaceable))
+        ended = self._mark()
+        tensors = tensors_of(result)
+        nbytes = sum(each.untyped_storage().nbytes() for each in tensors or ())
+        replaceable = tensors is not None and _draws_nothing(func, args, kwargs or {})
+        self._made(len(self.operations), tensors or [])
+        self.operations.append(Operation(str(func), began, ended, nbytes, replaceable))
         return result
 
 

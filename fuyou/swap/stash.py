@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.ledger import Ledger
 from fuyou.core.races import Races
-from fuyou.core.ticket import DONE, Ticket
+from fuyou.core.ticket import DONE, Ticket, wait_for
 from fuyou.swap.book import Held, TensorBook
 from fuyou.swap.buffers import Buffers
 from fuyou.tiers.device import Device
@@ -31,6 +32,7 @@ from fuyou.tiers.host import Arena, Lease
 from fuyou.tiers.scratch import Place, Scratch
 from fuyou.tiers.worker import Worker
 
+MEASURED_PIECES = 16
 SMALLEST_BYTES = 64 << 10  # a smaller storage stays: moving it costs more than it holds
 
 
@@ -41,6 +43,16 @@ class Where(enum.Enum):
     AWAY = "away"  # home
     COMING = "coming"  # device and home; a copy to the device is under way
     BACK = "back"  # device and home
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second off the device and back, and of the drives through the stash's buffers; 0.0 for what it has not."""
+
+    out_bytes_per_s: float
+    in_bytes_per_s: float
+    nvme_write_bytes_per_s: float = 0.0
+    nvme_read_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,7 @@ class Stash:
         self._races = races
         self._workers: dict[str, Worker] = {}
         self._closed = False
+        self._rates: Rates | None = None
         self._turn = 0
         self._lock = threading.RLock()
         self._stashed: dict[tuple[int, int], weakref.ref[Stashed]] = {}  # (storage, version)
@@ -273,6 +286,27 @@ class Stash:
         self._leaving.append(reference)
         self._worker("out").submit(lambda: self._send(reference), f"taking {what} off the device")
         return stashed
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._pool.nbytes if self._pool is not None else 0
+
+    def use_pool(self, pool: Arena | None) -> None:
+        """Host memory for what stays there, where there was none so far."""
+        self._pool = self._pool or pool
+
+    def rates(self) -> Rates:
+        """How fast it moves bytes now, measured with its own pieces and buffers; a few hundredths of a second, once."""
+        if self._rates is None:
+            out_s, in_s = self._copy_seconds()
+            self._rates = Rates(self._piece_bytes / out_s, self._piece_bytes / in_s)
+            if self._scratch is not None and self._buffers is not None:
+                total = MEASURED_PIECES * self._piece_bytes
+                write_s, read_s = self._drive_seconds(self._scratch, self._buffers)
+                self._rates = replace(
+                    self._rates, nvme_write_bytes_per_s=total / write_s, nvme_read_bytes_per_s=total / read_s
+                )
+        return self._rates
 
     def turn(self) -> None:
         """Another block begins: what left before the last one is gone by now, or is waited for. Raises its errors. So the
@@ -325,6 +359,51 @@ class Stash:
                 stashed.release()
         if self._buffers is not None:
             self._buffers.close()
+
+    def _copy_seconds(self) -> tuple[float, float]:
+        """Of one piece, off the device and back: the least of three."""
+        on_device = torch.zeros(self._piece_bytes, dtype=torch.uint8, device=self.device.device)
+        lease = self._buffers.take() if self._buffers is not None else None
+        pooled = (
+            self._pool.try_lease(self._piece_bytes, "staging") if lease is None and self._pool is not None else None
+        )
+        host = lease or pooled
+        data = host.data if host is not None else torch.zeros(self._piece_bytes, dtype=torch.uint8)
+        try:
+            out_s, in_s = [], []
+            for _ in range(3):
+                began = time.perf_counter()
+                self.device.copy_out(data, on_device).wait()
+                out = time.perf_counter()
+                self.device.copy_in(on_device, data).wait()
+                out_s.append(out - began)
+                in_s.append(time.perf_counter() - out)
+        finally:
+            if lease is not None:
+                self._put(lease, [])
+            if pooled is not None:
+                pooled.release()
+        return min(out_s), min(in_s)
+
+    def _drive_seconds(self, scratch: Scratch, buffers: Buffers) -> tuple[float, float]:
+        """Of writing MEASURED_PIECES, and of reading them."""
+        places = [scratch.take(self._piece_bytes) for _ in range(MEASURED_PIECES)]
+        seconds = []
+        try:
+            for kind in ("write", "read"):
+                began = time.perf_counter()
+                tickets = []
+                for place in places:
+                    buffer = buffers.take()
+                    move = place.write if kind == "write" else place.read
+                    tickets.append(move(buffer.address, buffer))
+                    buffers.put(buffer, [tickets[-1]])
+                wait_for(tickets)
+                seconds.append(time.perf_counter() - began)
+        finally:
+            for place in places:
+                place.release()
+        return seconds[0], seconds[1]
 
     def _homes(self, nbytes: int, tier: str) -> list[Piece] | None:
         pieces: list[Piece] = []

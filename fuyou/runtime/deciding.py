@@ -1,0 +1,139 @@
+"""From what a run measures to the plans for its activations: the machine's rates, the room, the cost model's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+from fuyou.core.config import Config
+from fuyou.core.ledger import Ledger
+from fuyou.plan.activations import Room
+from fuyou.plan.candidates import Candidate, Measured, Operation, candidates
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Traffic, Update
+from fuyou.plan.machine import Drive, Machine
+from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
+from fuyou.runtime.placing import Plan as ActivationPlan
+from fuyou.runtime.profile import BlockProfile
+from fuyou.runtime.tiers import Tiers
+from fuyou.swap.activations import Placement
+from fuyou.swap.stash import Rates, Stash
+from fuyou.swap.updates import Updates
+
+MARGIN = 0.05  # of the device's budget that no plan takes: batches of one size do not need the same to the byte
+UNKNOWN_DRAM_BYTES_PER_S = 20e9  # until an update has been timed
+
+_UPDATES: dict[str, Update] = {
+    "step": "step",
+    "deferred": "deferred",
+    "speculative": "speculative",
+    "auto": "speculative",
+}
+
+
+class Deciding:
+    """Answers `decide` of runtime/placing.py's Auto for one run."""
+
+    def __init__(
+        self, *, plan: Plan, numbers: Sequence[UnitNumbers], tiers: Tiers, ledger: Ledger, stash: Stash, updates: Updates,
+        config: Config,
+    ) -> None:  # fmt: skip
+        self._plan = plan
+        self._numbers = numbers
+        self._tiers = tiers
+        self._ledger = ledger
+        self._stash = stash
+        self._updates = updates
+        self._config = config
+
+    def device_room(self) -> int:
+        """Bytes that could stay on the device now."""
+        return self._ledger.room("device") - int(MARGIN * self._ledger.budgets["device"])
+
+    def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
+        """The plans worth trying; none where nothing but recomputing has room."""
+        self._stash.use_pool(self._tiers.open_pool())
+        measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
+        rates = self._stash.rates()
+        found = candidates(
+            self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
+        )
+        return [_plan_of(each, measured) for each in found]
+
+    # Numbers ---------------------------------------------------------------------------------------------------------
+
+    def _measured(self, index: int, profile: BlockProfile, backwards: int) -> Measured:
+        """One forward and backward of a block: the step had so many."""
+        mine = [each for each in self._numbers if index in each.owners]
+        return Measured(
+            index=index,
+            elements=sum(each.elements for each in mine if each.trainable and each.owners[0] == index),
+            weight_bytes=sum(each.weight_bytes for each in mine),
+            forward_s=profile.forward_s / backwards,
+            backward_s=max(0.0, profile.backward_s - profile.recompute_s) / backwards,
+            recompute_s=profile.recompute_s / backwards,
+            saved_bytes=profile.saved_bytes // backwards,
+            input_bytes=profile.input_bytes // backwards,
+            operations=tuple(
+                Operation(ordinal, each.result_bytes // backwards, each.seconds / backwards, each.saved)
+                for ordinal, each in sorted(profile.operations.items())
+                if each.replaceable and each.result_bytes
+            ),
+        )
+
+    def _machine(self, rates: Rates) -> Machine:
+        is_cuda = self._tiers.link.is_cuda
+        drive = Drive(rates.nvme_read_bytes_per_s, rates.nvme_write_bytes_per_s, self._ledger.budgets["nvme"])
+        return Machine(
+            name="this machine", flops_per_s=1.0, device_bytes=self._ledger.budgets["device"],
+            host_to_device_bytes_per_s=rates.in_bytes_per_s, device_to_host_bytes_per_s=rates.out_bytes_per_s,
+            host_bytes=self._ledger.budgets["host"], dram_bytes_per_s=self._dram_bytes_per_s(),
+            cores=psutil.cpu_count(logical=False) or 1, drives=(drive,) if rates.nvme_read_bytes_per_s else (),
+            shared_compute=not is_cuda,
+        )  # fmt: skip
+
+    def _dram_bytes_per_s(self) -> float:
+        elements = sum(each.elements for each in self._numbers if each.optimized)
+        seconds = self._updates.seconds["adam"]
+        if not seconds or not self._updates.step:
+            return UNKNOWN_DRAM_BYTES_PER_S
+        return self._updates.step * elements * self._traffic().dram_bytes / seconds
+
+    def _traffic(self) -> Traffic:
+        return FUYOU_BF16 if any(each.itemsize == 2 for each in self._numbers) else FUYOU_FP32
+
+    def _choice(self, backwards: int) -> Choice:
+        on_host, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        for index, unit in enumerate(self._numbers):
+            for number, (_, count) in enumerate(chunk_spans(unit.elements, self._plan.chunk_elements)):
+                for kind in KINDS:
+                    nbytes = unit.bytes_of(kind, count)
+                    total[kind] += nbytes
+                    on_host[kind] += nbytes if (index, number) in self._plan.on_host else 0
+        share = {kind: on_host[kind] / total[kind] if total[kind] else 1.0 for kind in KINDS}
+        return Choice(
+            host_weights=share["weights"], host_gradients=share["gradients"], host_state=share["optimizer"],
+            update=_UPDATES[self._config.update], durable=self._plan.through, accumulation=backwards,
+        )  # fmt: skip
+
+    def _room(self, measured: Sequence[Measured], rates: Rates) -> Room:
+        """Beside what a step held at its peak when everything was recomputed; the inputs it held are the plan's to place."""
+        tiers = self._ledger.summary()
+        budget = tiers["device"]["budget_bytes"]
+        free = max(0, budget - tiers["device"]["peak_bytes"] - int(MARGIN * budget))
+        return Room(
+            device_bytes=free + sum(each.input_bytes for each in measured),
+            host_bytes=self._stash.pool_bytes,
+            nvme_bytes=int(0.95 * self._ledger.room("nvme")) if rates.nvme_read_bytes_per_s else 0,
+            swapped_bytes_per_block=free + max((each.input_bytes for each in measured), default=0),
+        )
+
+
+def _plan_of(candidate: Candidate, measured: Sequence[Measured]) -> ActivationPlan:
+    placements = {
+        block.index: Placement(saved, inputs if saved == "recompute" else "device", tuple(sorted(results.items())))
+        for block, saved, inputs, results in zip(
+            measured, candidate.saved, candidate.inputs, candidate.results, strict=True
+        )
+    }
+    return ActivationPlan(candidate.name, placements, candidate.seconds)

@@ -1,0 +1,182 @@
+"""Where each block's activations go: as Config says, or ("auto") as the cost model and the first steps of a run decide.
+
+    step 1        everything is recomputed; the machine warms up, the order of blocks is learnt
+    steps 2, 3    the same, and every block is watched: its seconds, then what it saves and its operations (profile.py)
+    then          the cost model names the plans that could be the fastest (plan/candidates.py); where it can tell them
+                  apart that is all, else each is tried for a few steps, and the one that was fastest stays
+
+A plan is made for a size of batch. A larger one is watched and planned for anew; so is one that has been much smaller for
+a while. What a plan keeps on the device is recomputed all the same by a frame that finds less room there than it needs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
+from fuyou.swap.activations import KEEP, Placement, Watch
+
+RECOMPUTE = Placement("recompute")
+WARM_STEPS = 1
+TRIED_STEPS = 4  # of each plan; the first has the one before it in it, and is not counted
+LARGER, SMALLER, SMALL_STEPS = 1.02, 0.5, 20  # batches that a plan is not for: by this much, this often
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement for each block by index, and the seconds a step that it is expected to take."""
+
+    name: str
+    placements: Mapping[int, Placement]
+    seconds: float
+
+
+class Placing(Protocol):
+    """What the schedule asks and tells."""
+
+    def of(self, block: int) -> tuple[Placement, Watch | None]:
+        """Of a call that begins: where its activations go, and who measures it."""
+
+    def begin_forward(self, size: int) -> None:
+        """The model is called with `size` elements of input."""
+
+    def begin_backward(self, block: int) -> None: ...
+
+    def end_backward(self) -> None: ...
+
+    def end_step(self, seconds: float) -> None: ...
+
+
+class Fixed:
+    """The same for every block."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def of(self, block: int) -> tuple[Placement, Watch | None]:
+        return self._placement, None
+
+    def begin_forward(self, size: int) -> None: ...
+
+    def begin_backward(self, block: int) -> None: ...
+
+    def end_backward(self) -> None: ...
+
+    def end_step(self, seconds: float) -> None: ...
+
+
+class Auto:
+    """Watches, decides, tries and settles. `profiler()` makes a new one. `decide(blocks, backwards)` gives the plans worth
+    trying, the most promising first. `room()`: bytes free on the device. `settled(plan)` is told the end of it."""
+
+    def __init__(
+        self,
+        *,
+        profiler: Callable[[], Profiler],
+        decide: Callable[[Mapping[int, BlockProfile], int], list[Plan]],
+        room: Callable[[], int],
+        settled: Callable[[Plan], None],
+    ) -> None:
+        self._profiler = profiler
+        self._decide = decide
+        self._room = room
+        self._settled = settled
+        self._steps = 0
+        self._watching: Profiler | None = None
+        self._bytes: dict[int, int] = {}  # that a block's forward saves, for a batch of `_size`
+        self._running_bytes = 0
+        self._plans: list[Plan] = []
+        self._plan: Plan | None = None
+        self._seconds: dict[str, list[float]] = {}  # a step and element, of the plans that have been tried
+        self._size = 0  # of the batch that the plan is for
+        self._step_size = self._forward_size = 0  # of this step, of this forward
+        self._recent: deque[int] = deque(maxlen=SMALL_STEPS)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is in force, None while nothing has been decided."""
+        return self._plan
+
+    @property
+    def trying(self) -> bool:
+        return len(self._plans) > 1
+
+    def of(self, block: int) -> tuple[Placement, Watch | None]:
+        if self._watching is not None:
+            return RECOMPUTE, FrameWatch(self._watching, block)
+        if self._plan is None or self._forward_size > LARGER * self._size:
+            return RECOMPUTE, None
+        placement = self._plan.placements.get(block, RECOMPUTE)
+        stays = placement.saved == "keep" or any(tier == "device" for _, tier in placement.results)
+        if stays and self._room() < self._bytes.get(block, 0) + self._running_bytes:
+            return RECOMPUTE, None
+        return placement, None
+
+    def begin_forward(self, size: int) -> None:
+        self._forward_size = size
+        self._step_size += size
+
+    def begin_backward(self, block: int) -> None:
+        if self._watching is not None:
+            self._watching.backward_begins(block)
+
+    def end_backward(self) -> None:
+        if self._watching is not None:
+            self._watching.backward_ends()
+            self._watching.backward_count += not self._watching.counting
+
+    def end_step(self, seconds: float) -> None:
+        size, self._step_size = self._step_size, 0
+        self._steps += 1
+        self._recent.append(self._forward_size)
+        if self._watching is not None:
+            self._look(self._watching)
+        elif self._plan is None:
+            if self._steps >= WARM_STEPS:
+                self._watch()
+        elif self._forward_size > LARGER * self._size or (
+            len(self._recent) == SMALL_STEPS and max(self._recent) < SMALLER * self._size
+        ):
+            self._watch()
+        elif self.trying:
+            self._seconds.setdefault(self._plan.name, []).append(seconds / max(size, 1))
+            self._try_next()
+
+    def _watch(self) -> None:
+        self._watching = self._profiler()
+        self._plan, self._plans, self._seconds = None, [], {}
+
+    def _look(self, watched: Profiler) -> None:
+        """A step has been watched: once more, or decide."""
+        backwards = watched.backward_count
+        if not watched.counting and backwards:
+            watched.counting = True
+            return
+        self._watching = None
+        if backwards == 0:
+            return
+        blocks = watched.read()
+        self._size = self._forward_size
+        self._bytes = {index: each.saved_bytes // max(backwards, 1) for index, each in blocks.items()}
+        self._running_bytes = max(self._bytes.values(), default=0)
+        self._recent.clear()
+        self._plans = self._decide(blocks, backwards)
+        self._plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
+        if not self.trying:
+            self._settled(self._plan)
+
+    def _try_next(self) -> None:
+        tried = [each for each in self._plans if len(self._seconds.get(each.name, ())) >= TRIED_STEPS]
+        if len(tried) < len(self._plans):
+            self._plan = next(each for each in self._plans if each not in tried)
+            return
+        self._plan = min(tried, key=lambda each: statistics.median(self._seconds[each.name][1:]))
+        self._plans = []
+        self._settled(self._plan)
+
+
+__all__ = ["KEEP", "RECOMPUTE", "Auto", "Fixed", "Placing", "Plan"]

@@ -1,0 +1,167 @@
+"""What blocks cost, measured in the steps of a run: seconds of their forwards and backwards, bytes of what they save."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fuyou.swap.results import Counting
+
+Mark = float | torch.cuda.Event
+
+
+class Stopwatch:
+    """Times of the device: on CUDA events of the compute stream, which are asked only when a profile is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, first: Mark, last: Mark) -> float:
+        """Between two marks; on CUDA it waits for the second."""
+        if isinstance(first, float) or isinstance(last, float):
+            return last - first  # type: ignore[operator]
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+
+@dataclass
+class ProfiledOperation:
+    """A costly operation by its ordinal in the block's forward: seconds, bytes of its results, whether they can stand for
+    it, and whether autograd saves them too."""
+
+    name: str
+    seconds: float = 0.0
+    result_bytes: int = 0
+    replaceable: bool = True
+    saved: bool = False
+
+
+@dataclass
+class BlockProfile:
+    """One block over one step, all its calls and slices together. Seconds of the device; `backward_s` with recomputation
+    and with what the training thread waited in it. `saved_bytes`: distinct storages that its forward saved, inputs not
+    counted."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    recompute_s: float = 0.0
+    saved_bytes: int = 0
+    input_bytes: int = 0
+    operations: dict[int, ProfiledOperation] = field(default_factory=dict)
+
+
+class FrameWatch:
+    """Watches one call of a block for its profile. Storages are told apart by weak references, which keep their names from
+    being used again."""
+
+    def __init__(self, profiler: Profiler, block: int) -> None:
+        self._profiler = profiler
+        self._profile = profiler.of(block)
+        self._seen: dict[int, StorageWeakRef] = {}
+        self._results: dict[int, tuple[int, StorageWeakRef]] = {}  # storage → ordinal
+
+    def inputs(self, tensors: list[torch.Tensor]) -> None:
+        nbytes = sum(self._new_bytes(tensor) for tensor in tensors)
+        if self._profiler.counting:
+            self._profile.input_bytes += nbytes
+
+    def saved(self, tensor: torch.Tensor) -> None:
+        if not self._profiler.counting:
+            return
+        nbytes = self._new_bytes(tensor)
+        self._profile.saved_bytes += nbytes
+        result = self._results.get(tensor.untyped_storage()._cdata)
+        if nbytes and result is not None:
+            self._profile.operations[result[0]].saved = True
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the block's forward."""
+        if not self._profiler.counting:
+            first = self._profiler.stopwatch.mark()
+            yield
+            self._profiler.forwards.append((self._profile, first, self._profiler.stopwatch.mark()))
+            return
+        counting = Counting(self._profiler.stopwatch.mark, self._made)
+        with counting:
+            yield
+        for ordinal, operation in enumerate(counting.operations):
+            known = self._profile.operations.setdefault(ordinal, ProfiledOperation(operation.name))
+            known.result_bytes += operation.result_bytes
+            known.replaceable &= operation.replaceable and known.name == operation.name
+            self._profiler.operations.append((known, operation.began, operation.ended))
+
+    @contextlib.contextmanager
+    def recomputation(self) -> Iterator[None]:
+        first = self._profiler.stopwatch.mark()
+        yield
+        if not self._profiler.counting:
+            self._profiler.recomputations.append((self._profile, first, self._profiler.stopwatch.mark()))
+
+    def _made(self, ordinal: int, tensors: list[torch.Tensor]) -> None:
+        self._profile.operations.setdefault(ordinal, ProfiledOperation(""))
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._results[storage._cdata] = ordinal, StorageWeakRef(storage)
+
+    def _new_bytes(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._seen:
+            return 0
+        self._seen[storage._cdata] = StorageWeakRef(storage)
+        return storage.nbytes()
+
+
+class Profiler:
+    """Collects marks during two steps and adds them up when it is asked: one in which blocks are timed, and, once `counting`
+    is set, one in which what they save is counted and their operations are timed, which makes them slower."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stopwatch = Stopwatch(device)
+        self.counting = False
+        self.blocks: dict[int, BlockProfile] = {}
+        self.forwards: list[tuple[BlockProfile, Mark, Mark]] = []
+        self.recomputations: list[tuple[BlockProfile, Mark, Mark]] = []
+        self.operations: list[tuple[ProfiledOperation, Mark, Mark]] = []
+        self._backwards: list[tuple[BlockProfile, Mark, Mark]] = []
+        self._backward: tuple[BlockProfile, Mark] | None = None
+        self.backward_count = 0
+
+    def of(self, block: int) -> BlockProfile:
+        return self.blocks.setdefault(block, BlockProfile())
+
+    def backward_begins(self, block: int) -> None:
+        """Its weights are there; the block's before it is through."""
+        self.backward_ends()
+        self._backward = self.of(block), self.stopwatch.mark()
+
+    def backward_ends(self) -> None:
+        if self._backward is not None and not self.counting:
+            profile, first = self._backward
+            self._backwards.append((profile, first, self.stopwatch.mark()))
+        self._backward = None
+
+    def read(self) -> dict[int, BlockProfile]:
+        """Everything added up, once."""
+        seconds = self.stopwatch.seconds
+        for profile, first, last in self.forwards:
+            profile.forward_s += seconds(first, last)
+        for profile, first, last in self.recomputations:
+            profile.recompute_s += seconds(first, last)
+        for profile, first, last in self._backwards:
+            profile.backward_s += seconds(first, last)
+        for operation, first, last in self.operations:
+            operation.seconds += seconds(first, last)
+        return self.blocks
