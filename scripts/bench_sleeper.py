@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -231,12 +232,13 @@ def fetch_only_when_needed(run: Any) -> None:
 
 
 class Remote:
-    """A Contestant in a process of its own, so that its memory is its own and nothing of it runs in others' turns."""
+    """A Contestant in a process of its own, so that its memory is its own and nothing of it runs in others' turns.
+    `make(setup)` makes it there: another class of this kind, in another bench."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Any, make: Callable[[Any], Any] = Contestant) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(setup, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(setup, make, theirs), daemon=True)
         self._process.start()
         self._failed = False
         theirs.close()
@@ -245,8 +247,8 @@ class Remote:
         """Its run is open. To be called first, and once; several may start meanwhile."""
         self._receive()
 
-    def turn(self, steps: int, compute_s: float, warmup: int) -> Turn:
-        return self._ask("turn", steps, compute_s, warmup)
+    def turn(self, *arguments: Any) -> Turn:
+        return self._ask("turn", *arguments)
 
     def summary(self) -> dict[str, Any]:
         return self._ask("summary")
@@ -276,11 +278,11 @@ class Remote:
         return answer
 
 
-def _serve(setup: Setup, connection: Connection) -> None:
+def _serve(setup: Any, make: Callable[[Any], Any], connection: Connection) -> None:
     """What the process of a Remote does until it is told to close."""
     torch.set_num_threads(1)  # a GPU's host thread: what the CPU does here beside Adam is little
     try:
-        contestant = Contestant(setup)
+        contestant = make(setup)
         connection.send((True, None))
         method = ""
         while method != "close":

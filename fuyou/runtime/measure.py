@@ -99,13 +99,14 @@ class TemporariesGauge:
     """Torch's temporaries on a CPU device, which no allocator reports: the resident memory that nobody charged.
 
     Sampled at every block's edge and at every gradient; the highest is the device tier's reserve. Freed heap pages that
-    glibc keeps count too, so near the budget they are given back to the system first. In the first steps a total over
-    the budget is refused; later growth is the process's own (its data, its caches) and only reported. On CUDA the
-    allocator itself is limited, and this does nothing.
+    glibc keeps are no temporaries (it keeps as much as it likes: an aligned block does not fit where one of its size was
+    freed), so they are given back to the system before a higher one is believed. In the first steps a total over the
+    budget is refused; later growth is the process's own (its data, its caches), and counts only near the budget. On CUDA
+    the allocator itself is limited, and this does nothing.
     """
 
     REFUSING_STEPS = 2
-    TRIM_SHARE = 0.75  # of the budget: from here on freed pages are given back
+    TRIM_SHARE = 0.75  # of the budget: from here on growth counts after the first steps too
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
     INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
@@ -133,13 +134,17 @@ class TemporariesGauge:
         held = self._ledger.held("device") + leaving_bytes
         baseline = self._baseline + self._committed()
         uncharged = rss_bytes() - baseline - held
-        if held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]:
-            if uncharged > self._trimmed_at + self.TRIM_BYTES:
-                trim_heap()
-                uncharged = self._trimmed_at = rss_bytes() - baseline - held
+        early = self._steps < self.REFUSING_STEPS
+        if uncharged <= self._highest or not (
+            early or held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]
+        ):
+            return
+        if uncharged > self._trimmed_at + self.TRIM_BYTES:
+            trim_heap()
+            uncharged = self._trimmed_at = rss_bytes() - baseline - held
         if uncharged > self._highest:
             self._highest = uncharged
-            self._ledger.set_reserve("device", uncharged, refuse=self._steps < self.REFUSING_STEPS)
+            self._ledger.set_reserve("device", uncharged, refuse=early)
 
     def end_step(self) -> None:
         self._steps += 1

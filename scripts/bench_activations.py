@@ -1,0 +1,303 @@
+"""Where activations should go: "auto" against every fixed mode, over compute speeds, drive speeds and budgets.
+
+    python scripts/bench_activations.py FOLDER [--only grid|pipeline] [--rounds 5] [--steps 2] [--json FILE]
+
+The model's blocks sleep instead of computing (time.sleep releases the GIL, as a GPU would) and save real bytes for their
+backward, which looks at them. Four processes train it under the fixed modes and one under "auto"; they take turns of a
+few steps, and the medians of the turns are compared. A mode that the device's budget cannot hold is left out of its row.
+A slower drive is this one behind a gate that lets so many bytes a second through.
+
+The control of a row is the sleeping model without fuyou, and the drive alone, before every round: where one of the two
+moved by more than 10 % the row is run once more, and both are printed.
+
+"pipeline": compute takes twice as long as the swapped bytes at the drive's measured speed; what does swapping them cost
+over keeping them? The target is 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bench_sleeper import Remote
+from bench_tools import MIB, DriveGauge, Turn, machine, timed_turn, write_json
+from torch import Tensor, nn
+
+MODES = ("keep", "recompute", "host", "nvme", "auto")
+BLOCKS, SAVED_BYTES = 24, 12 * MIB
+FORWARD_S = (0.0015, 0.004, 0.010)  # of a block; its backward takes twice that
+DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
+# Blocks whose activations the device holds beside what a step needs anyway, and host memory. 288 MiB are saved in all.
+BUDGETS = {"tight": (5, 256 * MIB), "roomy": (17, 512 * MIB)}
+WORKING_BYTES = 100 * MIB  # what fuyou insists on, and slots
+SETTLING_STEPS = 20  # of "auto", until it has tried what it wants to try
+TARGET, PIPELINE_TARGET, CONTROL = 1.07, 1.05, 0.10
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class _Work(torch.autograd.Function):
+    """x + a number of the weights, after a sleep; saves `nbytes` whose value depends on x, and checks them in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, nbytes: int, forward_s: list[float]) -> Tensor:
+        time.sleep(forward_s[0])
+        saved = torch.full((nbytes // 4,), float(x.view(-1)[0]))
+        ctx.save_for_backward(saved, weight)
+        ctx.forward_s, ctx.expected = forward_s, float(x.view(-1)[0])
+        return x + weight.view(-1)[0]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        saved, weight = ctx.saved_tensors
+        if not (saved[0].item() == saved[saved.numel() // 2].item() == saved[-1].item() == ctx.expected):
+            raise SystemExit("An activation came back changed.")
+        time.sleep(2 * ctx.forward_s[0])
+        return gradient, torch.full_like(weight, 1e-3), None, None
+
+
+class Block(nn.Module):
+    def __init__(self, nbytes: int, forward_s: list[float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64, 64))
+        self._nbytes, self._forward_s = nbytes, forward_s
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Work.apply(x, self.weight, self._nbytes, self._forward_s)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int, nbytes: int, forward_s: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.forward_s = [forward_s]
+        self.layers = nn.ModuleList(Block(nbytes, self.forward_s) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def step_of(model: nn.Module, optimizer: Any) -> float:
+    loss = model(torch.zeros(1024))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+# --- who trains it ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`drive`: bytes a second that its gate lets through, or None. `device_blocks`: see BUDGETS. `mode` "plain": torch alone."""
+
+    mode: str
+    folder: str
+    ram: int
+    device_blocks: int
+    forward_s: float
+    drive: float | None = None
+    blocks: int = BLOCKS
+    nbytes: int = SAVED_BYTES
+
+    @property
+    def gpu(self) -> int:
+        return WORKING_BYTES + self.device_blocks * self.nbytes
+
+
+class Contestant:
+    """What a process of a row does: makes its model, and steps when it is told."""
+
+    def __init__(self, setup: Setup) -> None:
+        model = Model(setup.blocks, setup.nbytes, setup.forward_s)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        self.run: Any = None
+        if setup.mode != "plain":
+            import fuyou
+
+            if setup.drive is not None:
+                put_behind_a_gate(setup.drive)
+            config = fuyou.Config(activations=setup.mode)
+            self.run = fuyou.wrap(
+                model, optimizer, nvme=setup.folder, ram=setup.ram, gpu=setup.gpu, device="cpu", config=config
+            )
+            optimizer = self.run.optimizer
+        self._model, self._optimizer = model, optimizer
+
+    def turn(self, steps: int, warmup: int) -> Turn | str:
+        """The turn, or why it cannot be."""
+        from fuyou import BudgetError
+
+        try:
+            return timed_turn(lambda: step_of(self._model, self._optimizer), steps, self.run, warmup)
+        except BudgetError as error:
+            return f"over budget by {error.shortfall_bytes} bytes"
+
+    def summary(self) -> dict[str, Any]:
+        if self.run is None:
+            return {}
+        plan = getattr(self.run._schedule._placing, "plan", None)
+        tiers = self.run.report().dict()["tiers"]
+        peaks = {tier: (its["peak_bytes"], its["budget_bytes"]) for tier, its in tiers.items()}
+        return {"plan": plan.name if plan else None, "predicted_s": plan.seconds if plan else None, "peaks": peaks}
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.close()
+
+
+def put_behind_a_gate(bytes_per_s: float) -> None:
+    """Every engine that a run of this process opens lets so many bytes a second through, reads and writes together."""
+    from fuyou.runtime import tiers
+    from fuyou.tiers.io.late import LateEngine
+
+    class Gate:
+        """Stands where LateEngine expects delays, and makes none."""
+
+        def delay(self) -> None: ...
+
+    class Gated(LateEngine):
+        free_at, lock = 0.0, threading.Lock()
+
+        def _run(self, op: Any) -> Any:
+            failure = super()._run(op)
+            with Gated.lock:
+                Gated.free_at = max(Gated.free_at, time.perf_counter() - 0.005) + op.nbytes / bytes_per_s
+                until = Gated.free_at
+            time.sleep(max(0.0, until - time.perf_counter()))
+            return failure
+
+    opened = tiers.open_for_drive
+    tiers.open_for_drive = lambda *args, **kwargs: Gated(opened(*args, **kwargs), Gate())  # type: ignore[assignment,arg-type]
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+def run_row(
+    folder: str, base: dict[str, Any], modes: tuple[str, ...], rounds: int, steps: int, gauge: DriveGauge
+) -> dict:
+    """{mode: {step_s, turns, …}, "control": …} of one setting."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        remotes: dict[str, Remote] = {}
+        try:
+            for mode in ("plain", *modes):
+                own = tempfile.mkdtemp(dir=inside)
+                remotes[mode] = Remote(Setup(mode=mode, folder=own, **base), Contestant)
+            for remote in remotes.values():
+                remote.ready()
+            turns: dict[str, list[float]] = {mode: [] for mode in remotes}
+            drive: list[float] = []
+            refused: dict[str, str] = {}
+            for number in range(rounds):
+                drive.append(gauge.bytes_per_s(0.5, 0.3))
+                for mode, remote in remotes.items():
+                    if mode in refused:
+                        continue
+                    warmup = 1 if number else SETTLING_STEPS if mode == "auto" else 2
+                    turn = remote.turn(steps, warmup)
+                    if isinstance(turn, str):
+                        refused[mode] = turn
+                    else:
+                        turns[mode].append(turn.step_s)
+            summaries = {mode: remote.summary() for mode, remote in remotes.items() if mode not in refused}
+        finally:
+            for remote in remotes.values():
+                remote.close()
+    row: dict[str, Any] = {
+        mode: {"step_s": statistics.median(its), "turns_s": its, **summaries[mode]}
+        for mode, its in turns.items()
+        if its
+    }
+    row["refused"] = refused
+    row["drive_bytes_per_s"] = drive
+    plain = row["plain"]["turns_s"]
+    row["moved"] = max(max(each) / min(each) - 1 for each in (plain, drive))
+    return row
+
+
+def print_row(name: str, row: dict, note: str) -> float:
+    fixed = {mode: row[mode]["step_s"] for mode in MODES[:-1] if mode in row}
+    best = min(fixed, key=lambda mode: fixed[mode])
+    ratio = row["auto"]["step_s"] / fixed[best]
+    cells = " ".join(f"{row[mode]['step_s'] * 1e3:8.0f}" if mode in row else "       -" for mode in MODES)
+    over = [tier for tier, (peak, budget) in row["auto"]["peaks"].items() if peak > budget]
+    print(
+        f"{name:32}{cells}  {best:10}{ratio:6.2f}  {row['auto']['plan'] or '-':10} moved {row['moved']:4.0%} {note}"
+        f"{'  OVER BUDGET: ' + ', '.join(over) if over else ''}",
+        flush=True,
+    )
+    return ratio
+
+
+def grid(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[dict]:
+    print(
+        f"ms a step, medians of {args.rounds} turns of {args.steps} steps; auto to the best fixed mode (target {TARGET})"
+    )
+    print(f"{'forward, drive, budget':32}{' '.join(f'{mode:>8}' for mode in MODES)}  {'best':10}{'auto':>6}  chosen")
+    rows = []
+    for forward_s, drive, budget in itertools.product(FORWARD_S, DRIVES, BUDGETS):
+        device_blocks, ram = BUDGETS[budget]
+        base = {"forward_s": forward_s, "drive": drive, "ram": ram, "device_blocks": device_blocks}
+        name = f"{forward_s * 1e3:g} ms, {'as it is' if drive is None else f'{drive / 1e9:g} GB/s'}, {budget}"
+        for attempt in range(2):
+            row = run_row(folder, base, MODES, args.rounds, args.steps, gauge)
+            moved = row["moved"] > CONTROL
+            ratio = print_row(name, row, "(repeated)" if moved and not attempt else "")
+            rows.append({"name": name, "ratio": ratio, "attempt": attempt, **base, **row})
+            if not moved:
+                break
+    last = {row["name"]: row["ratio"] for row in rows}
+    print(
+        f"within {TARGET}: {sum(each <= TARGET for each in last.values())} of {len(last)}; worst {max(last.values()):.2f}"
+    )
+    return rows
+
+
+def pipeline(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> dict:
+    """Compute at twice the traffic's time: swapping to the drives, and to the host, against keeping."""
+    speed = gauge.bytes_per_s(0.5)
+    traffic_s = 2 * BLOCKS * SAVED_BYTES / speed
+    base = {"forward_s": 2 * traffic_s / (3 * BLOCKS), "ram": 1024 * MIB, "device_blocks": BLOCKS + 4}
+    row = run_row(folder, base, ("keep", "host", "nvme"), args.rounds, args.steps, gauge)
+    print(f"compute {2 * traffic_s:.3f} s, activation traffic {traffic_s:.3f} s at {speed / 1e9:.2f} GB/s (mixed)")
+    for mode in ("plain", "keep", "host", "nvme"):
+        ratio = row[mode]["step_s"] / row["keep"]["step_s"]
+        print(f"  {mode:8} {row[mode]['step_s']:.3f} s a step, {ratio:.3f} of keeping (target {PIPELINE_TARGET})")
+    return {**base, **row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a folder on the drive to measure with")
+    parser.add_argument("--only", choices=("grid", "pipeline"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    described = machine(args.folder)
+    gauge = DriveGauge(args.folder)
+    try:
+        found: dict[str, Any] = {}
+        if args.only != "grid":
+            found["pipeline"] = pipeline(args.folder, args, gauge)
+        if args.only != "pipeline":
+            found["grid"] = grid(args.folder, args, gauge)
+    finally:
+        gauge.close()
+    write_json(args.json, described, args, **found)
+
+
+if __name__ == "__main__":
+    main()
