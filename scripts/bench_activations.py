@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 MODES = ("keep", "recompute", "host", "nvme", "auto")
 BLOCKS, SAVED_BYTES = 24, 12 * MIB
-FORWARD_S = (0.0015, 0.004, 0.010)  # of a block; its backward takes twice that
+FORWARD_S = (0.002, 0.008)  # of a block; its backward takes twice that
 DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
 # Blocks whose activations the device holds beside what a step needs anyway, and host memory. 288 MiB are saved in all.
-BUDGETS = {"tight": (5, 256 * MIB), "roomy": (17, 512 * MIB)}
+BUDGETS = {"tight": (3, 256 * MIB), "half": (11, 256 * MIB), "all": (24, 384 * MIB)}
 WORKING_BYTES = 100 * MIB  # what fuyou insists on, and slots
 SETTLING_STEPS = 20  # of "auto", until it has tried what it wants to try
 TARGET, PIPELINE_TARGET, CONTROL = 1.07, 1.05, 0.10

@@ -45,8 +45,6 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("option", "value"),
         [
-            ("activations", "host"),
-            ("activations", "nvme"),
             ("verify_reads", True),
         ],
     )

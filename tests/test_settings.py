@@ -107,7 +107,7 @@ def test_steps_take_whole_batches_on_and_on(tmp_path):
         ("ram=12XB", "ram='12XB' is not a size"),
         ("io=posix", "io='posix'"),
         ("precision=fp16", "precision='fp16'"),
-        ("activations=host", "not built yet"),
+        ("activations=ssd", "activations='ssd'"),
         ("micro_batch=0", "greater than or equal to 1"),
         ("micro_batch=1.5", "integer"),
         ("verify_reads=true", "not built yet"),

@@ -94,10 +94,8 @@ def candidates(
         each = fixed_activations(machine, whole, choice, action, traffic)
         if max(each.device_bytes, each.host_bytes, each.nvme_bytes) <= limit:
             found[name] = each
-    if "keep" in found:
-        found = {
-            name: found[name] for name in ("keep", "mixed") if name in found
-        }  # nothing moves and nothing is repeated
+    if "keep" in found:  # nothing moves and nothing is repeated
+        found = {"keep": found["keep"]}
     listed = [_candidate(name, each, whole if name != "mixed" else numbers) for name, each in found.items()]
     listed.sort(key=lambda each: (each.seconds, each.name != "recompute"))
     unlike = [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]

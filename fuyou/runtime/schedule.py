@@ -116,6 +116,7 @@ class Schedule:
         self._frames: weakref.WeakKeyDictionary[Frame, BlockCalls] = weakref.WeakKeyDictionary()
         self._last_frame: Callable[[], Frame | None] = lambda: None  # of the last call
         self._current: BlockCalls | None = None  # whose weights backward holds
+        self._entered: set[Frame] = set()  # of its calls, those that backward has come to
         self._tasks: set[int] = set()  # graph tasks that will call end_backward
         self._aside: dict[Member, GradientHandle] = {}  # `p.grad` of before, while autograd sums the new one
         self._handles: dict[Member, weakref.ref[GradientHandle]] = {}
@@ -211,7 +212,10 @@ class Schedule:
     def backward_of(self, frame: Frame) -> None:
         block = self._frames[frame]
         self._expect_end()
-        if block.index is None or block is self._current:
+        if block.index is None:
+            return
+        if block is self._current:
+            self._entered.add(frame)
             return
         with self._lock:
             # Autograd runs the youngest nodes first: when another block begins, all of this one's that are ready have
@@ -219,6 +223,7 @@ class Schedule:
             self._leave_current()
             self._get(block)
             self._current = block
+            self._entered.add(frame)
             self._placing.begin_backward(block.index)
             self._prefetch("backward", block)
             for unit in block.units:
@@ -295,6 +300,9 @@ class Schedule:
 
     def _leave_current(self) -> None:
         current, self._current = self._current, None
+        for frame in self._entered:
+            frame.leave()
+        self._entered.clear()
         for unit in current.units if current is not None else ():
             self._swapper.release(unit)
 

@@ -339,6 +339,13 @@ class Frame:
                     return
             frame = frame._before() if frame._before is not None else None
 
+    def leave(self) -> None:
+        """Backward has gone on to another block: what this one brought back is at home, if anybody still refers to it."""
+        for reference in self._stashed:
+            stashed = reference()
+            if stashed is not None:
+                stashed.leave_again()
+
     @torch.compiler.disable
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, SavedHere):

@@ -1,0 +1,199 @@
+"""activations="auto": what the cost model names, what is tried, what stays; the same bits all the while."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import fuyou
+from fuyou.plan.activations import Room
+from fuyou.plan.candidates import Measured, Operation, candidates, numbers_of
+from fuyou.plan.cost import FUYOU_FP32, Choice
+from fuyou.plan.machine import Drive, Machine
+from fuyou.runtime.placing import Auto, Plan
+from fuyou.runtime.profile import BlockProfile, Profiler
+from fuyou.swap import stash
+from fuyou.swap.activations import Placement
+
+MIB = 1 << 20
+
+# --- the cost model's answers, on numbers --------------------------------------------------------------------------------
+
+
+def machine(drive: float = 2e9, link: float = 20e9) -> Machine:
+    return Machine(
+        name="made up", flops_per_s=1.0, device_bytes=1 << 34, host_to_device_bytes_per_s=link,
+        device_to_host_bytes_per_s=link, host_bytes=1 << 36, dram_bytes_per_s=50e9, cores=8,
+        drives=(Drive(drive, drive, 1 << 40),),
+    )  # fmt: skip
+
+
+def blocks(forward_s: float, count: int = 10, operations: tuple[Operation, ...] = ()) -> list[Measured]:
+    """100 MB saved and 10 MB of input each; weights too few to matter."""
+    return [
+        Measured(index, 1000, 4000, forward_s, 2 * forward_s, forward_s, 100_000_000, 10_000_000, operations)
+        for index in range(count)
+    ]
+
+
+def named(forward_s: float, room: Room, drive: float = 2e9, **options: Any) -> list[str]:
+    found = candidates(machine(drive), blocks(forward_s, **options), Choice(), room, FUYOU_FP32)
+    return [each.name for each in found]
+
+
+def test_what_has_room_on_the_device_stays_there():
+    assert named(0.01, Room(1_100_000_000)) == ["keep"]
+    assert "keep" not in named(0.01, Room(1_099_999_999))
+
+
+def test_slow_blocks_are_worth_a_swap_and_quick_ones_a_recomputation():
+    """1.1 GB out and back at 2 GB/s take 1.1 s. Computing takes 3 s and 1 s more where it is repeated, or a hundredth."""
+    room = Room(110_000_000, 0, 1 << 40)
+    slow, quick = named(0.1, room), named(0.001, room)
+    assert slow[0] in ("nvme", "mixed") and "nvme" in slow
+    assert quick[0] in ("recompute", "mixed") and "nvme" not in quick
+
+
+def test_a_slow_drive_is_left_alone():
+    room = Room(110_000_000, 0, 1 << 40)
+    assert "nvme" in named(0.1, room, drive=2e9)
+    assert "nvme" not in named(0.1, room, drive=0.2e9)  # 11 s
+
+
+def test_half_of_the_room_keeps_half_of_the_blocks():
+    found = candidates(machine(), blocks(0.01), Choice(), Room(100_000_000 + 5 * 110_000_000), FUYOU_FP32)
+    mixed = next(each for each in found if each.name == "mixed")
+    assert mixed.saved.count("keep") == 5 and mixed.saved.count("recompute") == 5
+    assert mixed.saved[-5:] == ("keep",) * 5  # they are needed first
+
+
+def test_costly_results_are_saved_before_the_rest():
+    """10 MB that spare 9 of 10 ms of a block, and 100 MB that spare the last one: the first has room for all blocks."""
+    operation = Operation(3, 10_000_000, 0.009, saved=False)
+    found = candidates(
+        machine(), blocks(0.01, operations=(operation,)), Choice(), Room(100_000_000, 100_000_000, 0), FUYOU_FP32
+    )
+    assert found[0].name == "mixed"
+    assert found[0].saved == ("recompute",) * 10
+    assert all(each == {3: "host"} or each == {3: "device"} for each in found[0].results)
+
+
+def test_no_room_for_the_inputs_is_no_plan():
+    assert candidates(machine(), blocks(0.01), Choice(), Room(1000), FUYOU_FP32) == []
+
+
+def test_times_of_operations_are_never_more_than_the_recomputation_they_are_part_of():
+    operations = (Operation(0, 1, 0.03, True), Operation(1, 1, 0.01, False))
+    items = numbers_of(blocks(0.02, operations=operations)[0]).items
+    assert [each.recompute_s for each in items] == pytest.approx([0.015, 0.005, 0.0])
+    assert items[-1].nbytes == 100_000_000 - 1 + 10_000_000  # the rest, with the input that backward reads
+
+
+# --- trying --------------------------------------------------------------------------------------------------------------
+
+
+class Watched(Profiler):
+    """One block that saves 100 bytes, whatever runs."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def read(self) -> dict[int, BlockProfile]:
+        return {0: BlockProfile(saved_bytes=100)}
+
+
+def simulated(seconds: dict[str, float], sizes: list[int], room: int = 1 << 40) -> tuple[Auto, list[str], list[str]]:
+    """Run `Auto` over steps of `sizes`, each as long as its plan's `seconds`: (it, what each step did, what was settled)."""
+    plans = [Plan(name, {0: Placement("keep" if name == "keep" else "nvme")}, 1.0) for name in seconds]
+    settled: list[str] = []
+    auto = Auto(
+        profiler=Watched, decide=lambda blocks, backwards: list(plans), room=lambda: room,
+        settled=lambda plan: settled.append(plan.name),
+    )  # fmt: skip
+    did = []
+    for size in sizes:
+        auto.begin_forward(size)
+        placement, watch = auto.of(0)
+        did.append("watch" if watch is not None else placement.saved)
+        auto.end_backward()
+        auto.end_step(size * (seconds[auto.plan.name] if auto.plan else 1.0))
+    return auto, did, settled
+
+
+def test_the_fastest_of_what_was_tried_stays(monkeypatch):
+    auto, did, settled = simulated({"one": 3.0, "two": 1.0, "three": 2.0}, [10] * 20)
+    assert did[:4] == ["recompute", "recompute", "watch", "watch"]
+    assert settled == ["two"] and auto.plan.name == "two" and not auto.trying
+
+
+def test_one_plan_is_not_tried():
+    auto, _, settled = simulated({"keep": 1.0}, [10] * 5)
+    assert settled == ["keep"]
+
+
+def test_a_larger_batch_is_recomputed_and_planned_for_anew():
+    _, did, settled = simulated({"keep": 1.0}, [10] * 6 + [20] * 5)
+    assert did == ["recompute"] * 2 + ["watch"] * 2 + ["keep"] * 2 + ["recompute"] + ["watch"] * 2 + ["keep"] * 2
+    assert settled == ["keep", "keep"]
+
+
+def test_smaller_batches_are_planned_for_after_a_while():
+    _, did, _ = simulated({"keep": 1.0}, [10] * 6 + [4] * 26)
+    assert did.count("watch") == 4
+
+
+def test_steps_of_many_sizes_are_compared_by_what_they_take_an_element():
+    auto, _, settled = simulated({"one": 1.0, "two": 1.1}, [10] * 5 + [10, 10, 10, 5, 5, 5, 5, 5, 5])
+    assert settled == ["one"]
+
+
+def test_a_device_without_the_room_now_recomputes():
+    _, did, _ = simulated({"keep": 1.0}, [10] * 8, room=150)  # 100 bytes to keep and 100 to run a block
+    assert "keep" not in did
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt", "t5", "vit", "mixtral"])
+@pytest.mark.parametrize("gpu", ["1GiB", "tight"])
+def test_the_same_bits_while_it_watches_tries_and_settles(name, gpu, nvme, monkeypatch):
+    monkeypatch.setattr(stash, "SMALLEST_BYTES", 1)
+    case, count = models.CASES[name], 26
+    plain = case.model()
+    optimizer = models.optimizer_of(models.groups_of(plain))
+    seen = models.train(plain, optimizer, models.schedule_of(optimizer), case, clip=True, steps=range(count))
+    model = case.model()
+    optimizer = models.optimizer_of(models.groups_of(model))
+    scheduler = models.schedule_of(optimizer)
+    budget = gpu if gpu != "tight" else _tight(model, optimizer, nvme)
+    with fuyou.wrap(model, optimizer, nvme, ram="272MiB", gpu=budget, device="cpu") as run:
+        assert models.train(model, run.optimizer, scheduler, case, clip=True, steps=range(count)) == seen
+        assert models.differing(model, models.values_of(plain)) == []
+        placing = run._schedule._placing
+        assert placing.plan is not None and not placing.trying
+        for tier in run.report().dict()["tiers"].values():
+            assert tier["peak_bytes"] <= tier["budget_bytes"]
+
+
+def _tight(model: nn.Module, optimizer: Any, nvme: Any) -> int:
+    with pytest.raises(fuyou.BudgetError) as refused:
+        fuyou.wrap(model, optimizer, nvme, ram="272MiB", gpu=1, device="cpu")
+    return refused.value.needed_bytes + 4 * MIB
+
+
+def test_all_that_fits_is_kept(nvme):
+    model = models.CASES["gpt"].model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with fuyou.wrap(model, optimizer, nvme, ram="64MiB", gpu="1GiB", device="cpu") as run:
+        for step in range(6):
+            models.accumulate(model, models.CASES["gpt"], step)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        plan = run._schedule._placing.plan
+    assert plan.name == "keep"
+    assert {each.saved for each in plan.placements.values()} == {"keep"}
