@@ -196,7 +196,7 @@ def _bytes_of_all(blocks: tuple[BlockNumbers, ...], request: Request) -> int:
 def _with_activations(request: Request, blocks: tuple[BlockNumbers, ...], choice: Choice) -> list[Activations]:
     """The plan with activations that fit, chosen for some ways of dividing what is left of the device."""
     system, machine, budgets = request.system, request.machine, request.budgets
-    base = predict(machine, blocks, replace(choice, inputs=("host",) * len(blocks)), system.traffic)
+    base = predict(machine, blocks, replace(choice, inputs=tuple("host" for _ in blocks)), system.traffic)
     left = {tier: budgets.of(tier) - base.tier_bytes(tier) for tier in TIERS}
     left["host"] += sum(each.input_bytes for each in blocks if each.items) * machine.gpu_count
     if min(left.values()) < 0:
