@@ -309,10 +309,21 @@ def test_words_say_what_bounds_and_what_the_model_predicts():
     twice = replace(QUIET, drives=QUIET.drives * 2, array_bytes_per_s=18 * GB)
     gains = {
         "twice the drives": predict(twice, BLOCKS, Choice(update="backward")),
-        "ram for": predict(QUIET, BLOCKS, home),
+        "52.15 GiB of ram": predict(QUIET, BLOCKS, home),  # 14 bytes for each of 4e9 parameters
     }
     shown = {each.change: each.gain for each in remedies(found)}
     for start, after in gains.items():
         gain = next(value for change, value in shown.items() if change.startswith(start))
         assert gain == pytest.approx(found.seconds_per_step / after.seconds_per_step)
     assert best.gain == max(shown.values()) and f"{best.gain:.2f} times" in text
+
+
+def test_where_two_resources_bind_pairs_are_tried():
+    """Compute and the device's link home take the same time in both phases."""
+    items = (Item("a", 10 * GB, 5.0),)
+    block = replace(BLOCK, elements=0, weight_bytes=20 * GB, forward_s=1.0, backward_s=1.0, items=items)
+    choice = Choice(actions=(("keep",),) * 400)
+    found = predict(replace(QUIET, drives=QUIET.drives * 50, array_bytes_per_s=math.inf), (block,) * 400, choice)
+    assert found.busy_s["compute"] == found.busy_s["host_to_device"]
+    alone = {each.change for each in remedies(found)}
+    assert "a device twice as fast and twice the link" in alone

@@ -157,6 +157,13 @@ def test_a_plan_that_fits_is_within_every_budget():
                     assert found.prediction.tier_bytes(tier) <= budgets.of(tier)
 
 
+def test_host_memory_is_used_to_the_last_byte_where_the_drives_bind():
+    for host in (4 * GIB, 4 * GIB + 1, 5 * GIB, 7 * GB):
+        found = asked(SMALL, DESK, 1, budgets=Budgets(16 * GIB, host, DESK.nvme_bytes))
+        assert found.prediction.bound_by == "nvme"
+        assert host - 100 < found.prediction.tier_bytes("host") <= host
+
+
 def test_without_a_drive_everything_is_in_host_memory():
     machine = DESK.with_drives(0)
     found = asked(SMALL, machine, 4)

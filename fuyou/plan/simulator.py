@@ -47,6 +47,7 @@ class Request:
     work: Work
     accumulation: int
     budgets: Budgets
+    slices: int = 1  # parts of the batch that a block runs at a time: Config(micro_batch=batch / slices)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Simulation:
     activations: Activations | None
     short: tuple[Short, ...]
     batch_that_fits: int | None
+    micro_batch_that_fits: int | None  # rows that a block runs at a time, with the batch as it is
 
     @property
     def tokens_per_step(self) -> int:
@@ -107,26 +109,33 @@ def simulate(request: Request) -> Simulation:
     """The fastest plan of the system that fits, or what is short and the smallest change that would do."""
     found = _best(request)
     if found is not None:
-        return Simulation(request, True, found.prediction, found, (), None)
+        return Simulation(request, True, found.prediction, found, (), None, None)
     smallest = _smallest(request)
     short = tuple(
         Short(tier, smallest.tier_bytes(tier), request.budgets.of(tier))
         for tier in TIERS
         if smallest.tier_bytes(tier) > request.budgets.of(tier)
     )
-    return Simulation(request, False, smallest, None, short, _batch_that_fits(request))
+    return Simulation(request, False, smallest, None, short, _batch_that_fits(request), _micro_batch_that_fits(request))
 
 
 def change_that_fits(simulation: Simulation) -> str:
-    """The smallest changes that would make it fit, each alone where one tier is short."""
+    """The smallest changes that would make it fit, each enough alone: first those that this machine can make."""
+    its, machine = simulation, simulation.request.machine
+    has = {"device": machine.device_bytes, "host": machine.host_bytes, "nvme": machine.nvme_bytes}
+    ways = []
+    if its.micro_batch_that_fits is not None:
+        ways.append(f"Config(micro_batch={its.micro_batch_that_fits}) with the same batch")
+    if its.batch_that_fits is not None:
+        ways.append(f"--batch {its.batch_that_fits} in place of {its.request.work.batch}")
     budgets = [
         f"{OPTIONS[each.tier]} {format_bytes(each.needed_bytes)} ({each.needed_bytes} bytes) in place of "
         f"{format_bytes(each.given_bytes)}"
-        for each in simulation.short
+        for each in its.short
     ]
-    ways = [" and ".join(budgets)] if budgets else []
-    if simulation.batch_that_fits is not None:
-        ways.append(f"--batch {simulation.batch_that_fits} in place of {simulation.request.work.batch}")
+    if budgets:
+        possible = all(each.needed_bytes <= has[each.tier] for each in its.short)
+        ways.insert(0 if possible else len(ways), " and ".join(budgets))
     return ", or ".join(ways)
 
 
@@ -166,6 +175,7 @@ def _host_shares(request: Request, blocks: tuple[BlockNumbers, ...]) -> list[flo
     if not request.system.uses_host:
         return [0.0]
     room = request.budgets.host - request.system.staging_bytes(request.budgets.host)
+    room -= len(TIERS) * 2  # kinds are rounded to whole bytes one by one
     most = min(1.0, room / max(1, _bytes_of_all(blocks, request)))
     return sorted({most * share for share in HOST_SHARES}, reverse=True)
 
@@ -181,6 +191,7 @@ def _choice(request: Request, slots: int, update: Update, state_slots: int, shar
         device_slots=slots,
         gradient_slots=system.gradient_slots,
         in_flight=system.in_flight,
+        slices=request.slices,
         accumulation=request.accumulation,
         device_working_bytes=system.working_bytes,
         staging_bytes=system.staging_bytes(request.budgets.host),
@@ -252,3 +263,14 @@ def _batch_that_fits(request: Request) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _micro_batch_that_fits(request: Request) -> int | None:
+    """The most rows a block at a time, halved from the batch on, with which the batch fits; None for a system that cannot
+    cut its batch, or where it does not help."""
+    rows = request.work.batch
+    while request.system.slices_batches and rows > 1:
+        rows = -(-rows // 2)
+        if _best(replace(request, slices=request.work.batch // rows)) is not None:
+            return rows
+    return None

@@ -33,6 +33,7 @@ class System:
     swaps_to_host: bool  # and for activations
     keeps_on_device: bool  # activations stay on the device where there is room
     temporaries: bool  # gradients of activations take memory beside what was saved
+    slices_batches: bool  # a block can run a part of the batch at a time
 
     def staging_bytes(self, host_bytes: int) -> int:
         """Of host memory: planner.py's largest chunks with as many in flight as a drive likes, a quarter at most."""
@@ -63,6 +64,7 @@ def fuyou_system(precision: str = "bf16", device: str = "cuda") -> System:
         swaps_to_host=True,
         keeps_on_device=True,
         temporaries=True,
+        slices_batches=True,
     )
 
 
@@ -88,4 +90,5 @@ PAPER_SYSTEM = System(
     swaps_to_host=False,
     keeps_on_device=False,
     temporaries=False,
+    slices_batches=False,
 )
