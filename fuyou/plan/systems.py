@@ -35,8 +35,11 @@ class System:
     temporaries: bool  # gradients of activations take memory beside what was saved
     slices_batches: bool  # a block can run a part of the batch at a time
 
-    def staging_bytes(self, host_bytes: int) -> int:
-        """Of host memory: planner.py's largest chunks with as many in flight as a drive likes, a quarter at most."""
+    def staging_bytes(self, host_bytes: int, with_nvme: bool) -> int:
+        """Of host memory: planner.py's largest chunks with as many in flight as a drive likes, a quarter at most; nothing
+        where nothing is on NVMe."""
+        if not with_nvme:
+            return 0
         chunk, its = CHUNK_ELEMENTS[0], self.traffic
         update = its.weight_bytes + its.gradient_bytes + its.state_bytes
         a_parameter = (
