@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from fuyou.core.errors import ConfigError
 from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.plan.cost import TIERS
@@ -21,8 +19,6 @@ from fuyou.plan.machine import Machine, load_machine
 from fuyou.plan.shapes import ModelShape, Work, gpt
 from fuyou.plan.simulator import Budgets, Request, Simulation, change_that_fits, default_budgets, simulate
 from fuyou.plan.systems import System, fuyou_system
-from fuyou.runtime.this_machine import measure_machine
-from fuyou.train.model_shape import load_shape
 
 FITS, DOES_NOT_FIT = 0, 1
 WIDTH, INDENT = 120, 11  # of the table, and of its first column
@@ -85,6 +81,8 @@ def _check(its: PlanArguments) -> None:
 
 def _shape(its: PlanArguments) -> tuple[ModelShape, list[str]]:
     if its.model is not None:
+        from fuyou.train.model_shape import load_shape
+
         return load_shape(its.model)
     shape = gpt(its.layers or 0, its.heads or 0, its.hidden or 0, its.vocab)
     return shape, [] if its.vocab else ["no --vocab: without embedding and head"]
@@ -97,6 +95,10 @@ def _machine(its: PlanArguments) -> tuple[Machine, System, list[str]]:
         system = fuyou_system(its.precision or "bf16", "cuda")
         notes.append(f"{machine.name}: {machine.description}" if machine.description else machine.name)
     else:
+        import torch  # here alone: a machine on paper need not wait for it
+
+        from fuyou.runtime.this_machine import measure_machine
+
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for each in its.nvme:
             _refuse_size(each)
