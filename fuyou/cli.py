@@ -212,6 +212,12 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="bf16 or fp32; else bf16, and fp32 on this machine without a GPU."),
     ] = None,
+    system: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="fuyou, or paper: the Fuyou paper's own, whose published times check the model."
+        ),
+    ] = "fuyou",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -224,7 +230,7 @@ def plan(
 
     arguments = PlanArguments(
         model, layers, heads, hidden, vocab, hardware, batch, sequence, accumulation, gpu_count, drives, gpu, ram,
-        nvme or (), precision,
+        nvme or (), precision, system,
     )  # fmt: skip
     context.obj.status = run_plan(arguments, as_json)
 

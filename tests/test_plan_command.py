@@ -111,6 +111,19 @@ def test_what_does_not_fit_says_the_smallest_change_and_it_is_right(capsys):
     assert answer(capsys, *SMALL, *DESK, "--batch", "64", "--gpu", enough[1])["fits"]
 
 
+def test_published_rows_by_the_command(capsys):
+    """As README says: within 15 % of the paper's TFLOPS read as 8N; 175B at batch 32 does not fit."""
+    paper = ["--sequence", "1024", "--hardware", "rtx4090-12xp5510", "--system", "paper"]
+    b13 = ["--layers", "40", "--heads", "40", "--hidden", "5120", *paper]
+    for batch, drives, published in ((8, 12, 42.8), (32, 1, 37.5), (32, 3, 81.1), (64, 12, 155.8)):
+        found = answer(capsys, *b13, "--batch", str(batch), "--drives", str(drives))
+        assert found["tflops_8n"] == pytest.approx(published, rel=0.15)
+        assert found["system"] == "the Fuyou paper's system"
+    b175 = ["--layers", "96", "--heads", "96", "--hidden", "12288", *paper]
+    assert answer(capsys, *b175, "--batch", "16")["tflops_8n"] == pytest.approx(86.9, rel=0.15)
+    assert answer(capsys, *b175, "--batch", "32", status=1)["fits"] is False
+
+
 def test_the_nvme_size_is_a_limit(capsys):
     big = ["--layers", "40", "--heads", "40", "--hidden", "5120", "--batch", "1", "--sequence", "512", "--ram", "16GiB"]
     found = answer(capsys, *big, *DESK, "--nvme", "20GB", status=1)
@@ -166,6 +179,8 @@ def test_the_table_says_it_in_words(capsys):
         ([*SMALL, *DESK, "--nvme", "/mnt"], r"--nvme \(with --hardware, a size\)='/mnt' is not a size"),
         ([*SMALL, *DESK, "--nvme", "1TB", "--nvme", "2TB"], "With --hardware, --nvme is one size"),
         ([*SMALL, *DESK, "--precision", "fp16"], "--precision fp16 is neither bf16 nor fp32"),
+        ([*SMALL, *DESK, "--system", "mine"], "--system mine is none of fuyou, paper"),
+        ([*SMALL, "--system", "paper"], "--system paper is the published system, for --hardware"),
         ([*SMALL, "--hardware", "rtx4090"], "cannot be read .*did you mean 'rtx"),
         ([*SMALL, "--hardware", "wrong.json"], "wrong.json lacks flops_per_s"),
         ([*SMALL, "--nvme", "2TB"], "--nvme 2TB is no folder here: without --hardware"),

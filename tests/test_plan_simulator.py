@@ -149,8 +149,8 @@ def test_more_of_anything_is_never_slower():
 
 
 def test_a_plan_that_fits_is_within_every_budget():
-    for batch in (1, 4, 16):
-        for host in (16, 64, 256):
+    for batch in (1, 16):
+        for host in (16, 64):
             for drives in (1, 4):
                 machine = DESK.with_drives(drives)
                 budgets = Budgets(int(16 * GIB), host * GIB, machine.nvme_bytes)
@@ -200,7 +200,7 @@ def test_the_smallest_change_does_fit(budgets, ways):
             assert not asked(B13, DESK, 4, budgets=almost).fits
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     layers=st.sampled_from([2, 12, 40]), hidden=st.sampled_from([512, 5120]), vocab=st.sampled_from([None, 50257]),
     drives=st.sampled_from([0, 1, 6]), gpus=st.sampled_from([1, 4]), precision=st.sampled_from(["bf16", "fp32"]),

@@ -158,13 +158,17 @@ def _numbers(request: Request) -> tuple[BlockNumbers, ...]:
 
 
 def _best(request: Request) -> Activations | None:
-    """The fastest plan that fits: with as many slots on the device, and of NVMe's extents, as fit at all."""
+    """The fastest plan that fits, of equals the one with the most slots on the device. One slot, where nothing can come while
+    a block computes, and one slot of NVMe's extents, where no update can be guessed, only where nothing else fits."""
     system, machine = request.system, request.machine
     blocks = _numbers(request)
-    for slots in system.device_slots:
+    wide = tuple(slots for slots in system.device_slots if slots > 1)
+    narrow = tuple(slots for slots in system.device_slots if slots == 1)
+    for tried in (wide, narrow):
         for update, state_slots in zip(system.updates, range(system.state_slots, 0, -1), strict=False):
             found = [
                 chosen
+                for slots in tried
                 for share in _host_shares(request, blocks)
                 for chosen in _with_activations(
                     request, blocks, _choice(request, slots, update, state_slots if machine.drives else 1, share)

@@ -18,9 +18,10 @@ from fuyou.plan.explain import WORDS, explain
 from fuyou.plan.machine import Machine, load_machine
 from fuyou.plan.shapes import ModelShape, Work, gpt
 from fuyou.plan.simulator import Budgets, Request, Simulation, change_that_fits, default_budgets, simulate
-from fuyou.plan.systems import System, fuyou_system
+from fuyou.plan.systems import PAPER_SYSTEM, System, fuyou_system
 
 FITS, DOES_NOT_FIT = 0, 1
+SYSTEMS = ("fuyou", "paper")
 WIDTH, INDENT = 120, 11  # of the table, and of its first column
 
 
@@ -43,6 +44,7 @@ class PlanArguments:
     ram: str | None
     nvme: Sequence[str]
     precision: str | None
+    system: str = "fuyou"
 
 
 def plan(arguments: PlanArguments, as_json: bool) -> int:
@@ -75,6 +77,10 @@ def _check(its: PlanArguments) -> None:
         raise ConfigError(
             "With --hardware, --nvme is one size, what the drives may hold; folders are for this machine."
         )
+    if its.system not in SYSTEMS:
+        raise ConfigError(f"--system {its.system} is none of {', '.join(SYSTEMS)}.")
+    if its.system == "paper" and (its.hardware is None or its.precision not in (None, "bf16")):
+        raise ConfigError("--system paper is the published system, for --hardware and 16-bit weights only.")
     if its.precision not in (None, "bf16", "fp32"):
         raise ConfigError(f"--precision {its.precision} is neither bf16 nor fp32.")
 
@@ -92,7 +98,7 @@ def _machine(its: PlanArguments) -> tuple[Machine, System, list[str]]:
     notes: list[str] = []
     if its.hardware is not None:
         machine = load_machine(its.hardware)
-        system = fuyou_system(its.precision or "bf16", "cuda")
+        system = PAPER_SYSTEM if its.system == "paper" else fuyou_system(its.precision or "bf16", "cuda")
         notes.append(f"{machine.name}: {machine.description}" if machine.description else machine.name)
     else:
         import torch  # here alone: a machine on paper need not wait for it
@@ -195,6 +201,7 @@ def to_dict(found: Simulation, notes: Sequence[str] = ()) -> dict[str, Any]:
         "active_parameters": round(request.model.active_elements),
         "gpu_count": request.machine.gpu_count,
         "machine": request.machine.name,
+        "system": request.system.name,
         "change": None if found.fits else change_that_fits(found) or None,
         "advice": explain(prediction) if found.fits else None,
         "notes": list(notes),
@@ -228,7 +235,7 @@ def _question(found: Simulation) -> list[tuple[str, str]]:
     each = f"{gpus} GPUs x " if gpus > 1 else ""
     return [
         ("model", f"{model.name}: {model.elements / 1e9:.4g}e9 parameters{used}, {precision}"),
-        ("machine", request.machine.name),
+        ("machine", f"{request.machine.name}{'' if request.system.name == 'fuyou' else f', {request.system.name}'}"),
         (
             "step",
             f"{each}{request.accumulation} x {work.batch} rows of {work.sequence} tokens: {found.tokens_per_step:,} tokens",
@@ -246,7 +253,7 @@ def _answer(found: Simulation) -> list[tuple[str, str]]:
         (
             "speed",
             f"{found.tokens_per_second:,.0f} tokens/s; {found.tflops(6):.3g} TFLOPS counted as 6N, "
-            f"{found.tflops(8):.3g} as 8N{total}",
+            f"{found.tflops(8):.3g} as 8N (N parameters, recomputation counted){total}",
         ),
         ("bound by", WORDS[its.bound_by]),
     ]
