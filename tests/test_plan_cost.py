@@ -45,7 +45,7 @@ def test_a_step_is_the_sum_written_out():
     assert found.backward_s == pytest.approx(backward)
     assert found.update_s == pytest.approx(update)
     assert found.seconds_per_step == pytest.approx(forward + backward + update + 0.5)
-    assert found.nvme_read_bytes == 16 * 4 * GB  # EVIDENCE 3: neither hi nor gradients in memory
+    assert found.nvme_read_bytes == 16 * 4 * GB  # neither weights nor gradients in memory
     assert found.nvme_write_bytes == 14 * 4 * GB
     assert found.host_to_device_bytes == 4 * 4 * GB and found.device_to_host_bytes == 2 * 4 * GB
     assert found.busy_s["nvme"] == pytest.approx(1 + 3 + 18)
@@ -62,7 +62,7 @@ def test_a_step_is_the_sum_written_out():
         (FUYOU_BF16, {"host_weights": 1.0, "host_gradients": 1.0, "host_state": 1.0}, 0, 0),
     ],
 )
-def test_bytes_a_parameter_are_those_of_evidence(traffic, host, read, written):
+def test_bytes_a_parameter_are_what_each_system_moves(traffic, host, read, written):
     found = predict(MACHINE, [replace(BLOCK, weight_bytes=int(traffic.weight_bytes * GB))], Choice(**host), traffic)
     assert (found.nvme_read_bytes, found.nvme_write_bytes) == (read * GB, written * GB)
 

@@ -1,6 +1,6 @@
 """Models on machines: the published RTX 4090 rows, what fits and what does not, hardware files.
 
-The rows are ../shared/EVIDENCE.md section 1: the Fuyou paper (arXiv 2403.06504) and its artifact, TFLOPS read as 8N.
+The rows are those of the Fuyou paper (arXiv 2403.06504) and its artifact, TFLOPS read as 8N.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_the_papers_bytes_a_parameter():
     swapped = found.activations.swapped_bytes
     assert found.prediction.nvme_write_bytes - swapped == 14 * B13.elements
     assert found.prediction.nvme_read_bytes - swapped == 14 * B13.elements
-    assert 14 * B13.elements == pytest.approx(182e9, rel=0.02)  # [EVIDENCE 1]
+    assert 14 * B13.elements == pytest.approx(182e9, rel=0.02)  # the artifact's
 
 
 def test_a_gpt_block_written_out():

@@ -71,7 +71,7 @@ def fuyou_system(precision: str = "bf16", device: str = "cuda") -> System:
     )
 
 
-# As its artifact does it [EVIDENCE 1]: the update runs under backward, group by group, each gradient used as it comes; model
+# As its artifact (RC4ML/LoHan) does it: the update runs under backward, group by group, each gradient used as it comes; model
 # states on the drives however much host memory there is; activations swapped through host memory to the drives. Two blocks
 # of weights and two of gradients on the device: one computes, one is on its way. Weights come in with the drives' reads of
 # forward only. In 24 GB it ran 13B at batch 128, where a block saves 21.5 GB: nothing can have been beside it but weights and
