@@ -17,7 +17,6 @@ from fuyou.core.errors import ConfigError, FuyouError
 _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
 _NOT_BUILT = {
     "resume": "a run cannot be resumed yet; `fuyou train` starts a new one",
-    "plan": "`fuyou train CONFIG.yaml --dry-run` shows what a job would hold",
     "doctor": "`fuyou train CONFIG.yaml --dry-run` refuses what cannot work here",
     "verify": "an exported model is checked by loading it",
     "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
@@ -162,6 +161,78 @@ def launch(
             script[0], script[1:], module, nvme or (), nvme_limit, ram, gpu, device, threads, cores, not no_bind, quiet
         )
     )
+
+
+@app.command(
+    epilog="Example: fuyou plan --layers 40 --heads 40 --hidden 5120 --vocab 50257 --batch 16 --sequence 1024 "
+    "--hardware rtx4090-4xgen4"
+)
+def plan(
+    context: typer.Context,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a GPU and backward.")],
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="A Hugging Face folder, or an id in the cache; only its config is read."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="In place of --model: blocks of a GPT.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of each.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Their width.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the embedding and the head; left out: neither.")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A hardware file, or the name of one that comes with fuyou (any other name lists "
+            "them). Left out: this machine, measured in some seconds.",
+        ),
+    ] = None,
+    accumulation: Annotated[int, typer.Option(min=1, help="Backwards a step.")] = 1,
+    gpu_count: Annotated[
+        int, typer.Option("--gpu-count", min=1, help="GPUs with rows of their own: a prediction, fuyou trains on one.")
+    ] = 1,
+    drives: Annotated[
+        int | None, typer.Option(min=0, help="As many drives, like the machine's first; the array's limit stays.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Budget of each GPU's memory, as 20GiB; else 80 %.")
+    ] = None,
+    ram: Annotated[str | None, typer.Option(metavar="SIZE", help="Budget of host memory; else 80 %.")] = None,
+    nvme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE|FOLDER",
+            help="With --hardware, what the drives may hold, as 2TB. Without it, a folder on "
+            "the drive to measure, one a drive, repeatable; left out: the working directory.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="bf16 or fp32; else bf16, and fp32 on this machine without a GPU."),
+    ] = None,
+    system: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="fuyou, or paper: the Fuyou paper's own, whose published times check the model."
+        ),
+    ] = "fuyou",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict a training step on this machine or another: whether it fits, its time, what bounds it, the drives' wear.
+
+    Exit status 0: it fits. 1: it does not, and the smallest change that would is printed. 2: a bad argument.
+    """
+    from fuyou.train.plan_job import PlanArguments
+    from fuyou.train.plan_job import plan as run_plan
+
+    arguments = PlanArguments(
+        model, layers, heads, hidden, vocab, hardware, batch, sequence, accumulation, gpu_count, drives, gpu, ram,
+        nvme or (), precision, system,
+    )  # fmt: skip
+    context.obj.status = run_plan(arguments, as_json)
 
 
 def _refuse_not_built(context: typer.Context) -> None:

@@ -47,7 +47,8 @@ def refused(capsys, *arguments: str) -> str:
         ([], "Missing command"),
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument .*Try `fuyou train --help`"),
-        (["plan", "c.yaml", "--what"], "`fuyou plan` is not built yet: .*--dry-run"),
+        (["plan", "--what"], "No such option: --what.*Try `fuyou plan --help`"),
+        (["verify", "c.yaml", "--what"], "`fuyou verify` is not built yet"),
         (["resume", "out"], "`fuyou resume` is not built yet"),
         (["doctor", "--help"], "`fuyou doctor` is not built yet"),
         (["exprot"], "No such command 'exprot'"),
@@ -126,11 +127,11 @@ def test_a_launched_scripts_debug_is_its_own(folder, capsys):
 
 
 def test_help_lists_what_is_built(capsys):
-    for arguments in (["--help"], ["train", "--help"], ["launch", "--help"], ["init", "--help"]):
+    for arguments in (["--help"], ["train", "--help"], ["launch", "--help"], ["init", "--help"], ["plan", "--help"]):
         assert main(arguments) == 0
     shown = capsys.readouterr().out
     commands = shown[shown.index("Commands:") : shown.index("Usage: fuyou train")]
-    assert set(re.findall(r"^  (\w+)", commands, re.MULTILINE)) == {"train", "launch", "init"}
+    assert set(re.findall(r"^  (\w+)", commands, re.MULTILINE)) == {"train", "launch", "init", "plan"}
     for option in ("--set", "--dry-run", "--nvme-limit", "--threads", "--cores", "--no-bind", "--quiet", "--force"):
         assert option in shown
     for name in ("FUYOU_NVME", "FUYOU_NVME_LIMIT", "FUYOU_RAM", "FUYOU_GPU", "FUYOU_DEVICE"):

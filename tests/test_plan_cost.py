@@ -45,7 +45,7 @@ def test_a_step_is_the_sum_written_out():
     assert found.backward_s == pytest.approx(backward)
     assert found.update_s == pytest.approx(update)
     assert found.seconds_per_step == pytest.approx(forward + backward + update + 0.5)
-    assert found.nvme_read_bytes == 16 * 4 * GB  # EVIDENCE 3: neither hi nor gradients in memory
+    assert found.nvme_read_bytes == 16 * 4 * GB  # neither weights nor gradients in memory
     assert found.nvme_write_bytes == 14 * 4 * GB
     assert found.host_to_device_bytes == 4 * 4 * GB and found.device_to_host_bytes == 2 * 4 * GB
     assert found.busy_s["nvme"] == pytest.approx(1 + 3 + 18)
@@ -62,7 +62,7 @@ def test_a_step_is_the_sum_written_out():
         (FUYOU_BF16, {"host_weights": 1.0, "host_gradients": 1.0, "host_state": 1.0}, 0, 0),
     ],
 )
-def test_bytes_a_parameter_are_those_of_evidence(traffic, host, read, written):
+def test_bytes_a_parameter_are_what_each_system_moves(traffic, host, read, written):
     found = predict(MACHINE, [replace(BLOCK, weight_bytes=int(traffic.weight_bytes * GB))], Choice(**host), traffic)
     assert (found.nvme_read_bytes, found.nvme_write_bytes) == (read * GB, written * GB)
 
@@ -309,10 +309,21 @@ def test_words_say_what_bounds_and_what_the_model_predicts():
     twice = replace(QUIET, drives=QUIET.drives * 2, array_bytes_per_s=18 * GB)
     gains = {
         "twice the drives": predict(twice, BLOCKS, Choice(update="backward")),
-        "ram for": predict(QUIET, BLOCKS, home),
+        "52.15 GiB of ram": predict(QUIET, BLOCKS, home),  # 14 bytes for each of 4e9 parameters
     }
     shown = {each.change: each.gain for each in remedies(found)}
     for start, after in gains.items():
         gain = next(value for change, value in shown.items() if change.startswith(start))
         assert gain == pytest.approx(found.seconds_per_step / after.seconds_per_step)
     assert best.gain == max(shown.values()) and f"{best.gain:.2f} times" in text
+
+
+def test_where_two_resources_bind_pairs_are_tried():
+    """Compute and the device's link home take the same time in both phases."""
+    items = (Item("a", 10 * GB, 5.0),)
+    block = replace(BLOCK, elements=0, weight_bytes=20 * GB, forward_s=1.0, backward_s=1.0, items=items)
+    choice = Choice(actions=(("keep",),) * 400)
+    found = predict(replace(QUIET, drives=QUIET.drives * 50, array_bytes_per_s=math.inf), (block,) * 400, choice)
+    assert found.busy_s["compute"] == found.busy_s["host_to_device"]
+    alone = {each.change for each in remedies(found)}
+    assert "a device twice as fast and twice the link" in alone

@@ -1,6 +1,6 @@
 """Models on machines: the published RTX 4090 rows, what fits and what does not, hardware files.
 
-The rows are ../shared/EVIDENCE.md section 1: the Fuyou paper (arXiv 2403.06504) and its artifact, TFLOPS read as 8N.
+The rows are those of the Fuyou paper (arXiv 2403.06504) and its artifact, TFLOPS read as 8N.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fuyou.core.errors import ConfigError
 from fuyou.plan.machine import FOLDER, Drive, Machine, load_machine, machine_of, shipped
@@ -71,7 +73,8 @@ def test_why_175b_at_batch_32_does_not_fit():
         found = asked(model, machine, batch, PAPER_SYSTEM)
         assert found.prediction.tier_bytes("device") == needed
         assert found.fits == (needed <= memory)
-    assert [each.tier for each in found.short] == ["device"] and found.short[0].needed_bytes == needed
+    assert [[each.tier for each in way] for way in found.ways] == [["device"]]
+    assert needed <= found.ways[0][0].needed_bytes <= needed + 2**20
     assert needed / GB == pytest.approx(27.4, abs=0.1)
     assert asked(B175, machine, found.batch_that_fits, PAPER_SYSTEM).fits
     assert not asked(B175, machine, found.batch_that_fits + 1, PAPER_SYSTEM).fits
@@ -83,7 +86,7 @@ def test_the_papers_bytes_a_parameter():
     swapped = found.activations.swapped_bytes
     assert found.prediction.nvme_write_bytes - swapped == 14 * B13.elements
     assert found.prediction.nvme_read_bytes - swapped == 14 * B13.elements
-    assert 14 * B13.elements == pytest.approx(182e9, rel=0.02)  # [EVIDENCE 1]
+    assert 14 * B13.elements == pytest.approx(182e9, rel=0.02)  # the artifact's
 
 
 def test_a_gpt_block_written_out():
@@ -146,8 +149,8 @@ def test_more_of_anything_is_never_slower():
 
 
 def test_a_plan_that_fits_is_within_every_budget():
-    for batch in (1, 4, 16):
-        for host in (16, 64, 256):
+    for batch in (1, 16):
+        for host in (16, 64):
             for drives in (1, 4):
                 machine = DESK.with_drives(drives)
                 budgets = Budgets(int(16 * GIB), host * GIB, machine.nvme_bytes)
@@ -157,6 +160,13 @@ def test_a_plan_that_fits_is_within_every_budget():
                     assert found.prediction.tier_bytes(tier) <= budgets.of(tier)
 
 
+def test_host_memory_is_used_to_the_last_byte_where_the_drives_bind():
+    for host in (4 * GIB, 4 * GIB + 1, 5 * GIB, 7 * GB):
+        found = asked(SMALL, DESK, 1, budgets=Budgets(16 * GIB, host, DESK.nvme_bytes))
+        assert found.prediction.bound_by == "nvme"
+        assert host - 100 < found.prediction.tier_bytes("host") <= host
+
+
 def test_without_a_drive_everything_is_in_host_memory():
     machine = DESK.with_drives(0)
     found = asked(SMALL, machine, 4)
@@ -164,26 +174,62 @@ def test_without_a_drive_everything_is_in_host_memory():
     # 2 bytes of weights, 2 of gradients and 10 of state for every parameter, and something to work with
     assert found.prediction.tier_bytes("host") >= 14 * SMALL.elements
     short = asked(B13, machine, 4)
-    assert not short.fits and short.short[0].tier == "host" and short.batch_that_fits is None
-    assert short.short[0].needed_bytes == pytest.approx(14 * B13.elements, rel=0.02)
+    assert not short.fits and short.batch_that_fits is None
+    ((need,),) = short.ways
+    assert need.tier == "host" and need.needed_bytes == pytest.approx(14 * B13.elements, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("budgets", "tier"),
+    ("budgets", "ways"),
     [
-        (Budgets(GIB, 64 * GIB, 2000 * GB), "device"),
-        (Budgets(16 * GIB, 64 * GIB, 60 * GB), "nvme"),
+        (Budgets(GIB, 64 * GIB, 2000 * GB), [["device"]]),
+        (Budgets(16 * GIB, 64 * GIB, 60 * GB), [["host"], ["nvme"]]),
+        (Budgets(GIB, 64 * GIB, 60 * GB), [["device", "host"], ["device", "nvme"]]),
     ],
 )
-def test_the_smallest_change_does_fit(budgets, tier):
+def test_the_smallest_change_does_fit(budgets, ways):
     found = asked(B13, DESK, 4, budgets=budgets)
-    assert not found.fits and [each.tier for each in found.short] == [tier]
-    need = found.short[0]
-    assert need.given_bytes == budgets.of(tier) < need.needed_bytes
-    assert str(need.needed_bytes) in change_that_fits(found)
-    assert asked(B13, DESK, 4, budgets=replace(budgets, **{tier: need.needed_bytes})).fits
-    almost = replace(budgets, **{tier: int(need.needed_bytes * 0.97)})
-    assert not asked(B13, DESK, 4, budgets=almost).fits
+    assert not found.fits and [[each.tier for each in way] for way in found.ways] == ways
+    for way in found.ways:
+        raised = replace(budgets, **{need.tier: need.needed_bytes for need in way})
+        assert asked(B13, DESK, 4, budgets=raised).fits
+        for need in way:
+            assert need.given_bytes == budgets.of(need.tier) < need.needed_bytes
+            assert str(need.needed_bytes) in change_that_fits(found)
+            almost = replace(raised, **{need.tier: need.needed_bytes - 2 * 2**20})
+            assert not asked(B13, DESK, 4, budgets=almost).fits
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.sampled_from([2, 12, 40]), hidden=st.sampled_from([512, 5120]), vocab=st.sampled_from([None, 50257]),
+    drives=st.sampled_from([0, 1, 6]), gpus=st.sampled_from([1, 4]), precision=st.sampled_from(["bf16", "fp32"]),
+    batch=st.sampled_from([1, 3, 70]), sequence=st.sampled_from([128, 4096]), accumulation=st.sampled_from([1, 3]),
+    device=st.sampled_from([1, 4, 40]), host=st.sampled_from([1, 8, 64, 700]), nvme=st.sampled_from([10, 100, 3000]),
+)  # fmt: skip
+def test_any_plan_is_within_budgets_and_any_change_is_enough(
+    layers, hidden, vocab, drives, gpus, precision, batch, sequence, accumulation, device, host, nvme
+):
+    machine = replace(DESK.with_drives(drives), gpu_count=gpus)
+    budgets = Budgets(device * GIB, host * GIB, nvme * GB if drives else 0)
+    request = Request(
+        gpt(layers, 8, hidden, vocab), machine, fuyou_system(precision), Work(batch, sequence), accumulation, budgets
+    )
+    found = simulate(request)
+    if found.fits:
+        assert all(found.prediction.tier_bytes(tier) <= budgets.of(tier) for tier in ("device", "host", "nvme"))
+        for tier in ("device", "host"):
+            more = simulate(replace(request, budgets=replace(budgets, **{tier: 2 * budgets.of(tier)})))
+            assert more.prediction.seconds_per_step <= found.prediction.seconds_per_step * 1.01
+        return
+    assert found.ways
+    for way in found.ways:
+        raised = replace(budgets, **{need.tier: need.needed_bytes for need in way})
+        assert simulate(replace(request, budgets=raised)).fits
+    if found.batch_that_fits is not None:
+        assert simulate(replace(request, work=Work(found.batch_that_fits, sequence))).fits
+    if found.micro_batch_that_fits is not None:
+        assert simulate(replace(request, slices=batch // found.micro_batch_that_fits)).fits
 
 
 def test_a_smaller_batch_is_named_where_it_fits():

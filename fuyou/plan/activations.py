@@ -27,6 +27,12 @@ from fuyou.plan.cost import (
 )
 from fuyou.plan.machine import Machine
 
+INPUT_ORDERS: tuple[tuple[Place, ...], ...] = (
+    ("device", "host", "nvme"),
+    ("host", "nvme", "device"),
+    ("nvme", "host", "device"),
+)
+
 
 @dataclass(frozen=True)
 class Room:
@@ -79,8 +85,8 @@ def choose_activations(
     blocks have no place.
     """
     found: list[Activations] = []
-    for places in (("device", "host", "nvme"), ("host", "nvme", "device"), ("nvme", "host", "device")):
-        inputs, left = _place_inputs(blocks, room, places)
+    for places in INPUT_ORDERS:
+        inputs, left = place_inputs(blocks, room, places)
         order = _order(blocks, room, left)
         found.append(_stop(machine, blocks, choice, traffic, inputs, order))
     return min(found, key=lambda each: (round(each.prediction.seconds_per_step, 9), each.swapped_bytes))
@@ -96,10 +102,10 @@ def fixed_activations(
     return _result(machine, blocks, choice, traffic, (place,) * len(blocks), actions)
 
 
-def _place_inputs(
+def place_inputs(
     blocks: Sequence[BlockNumbers], room: Room, places: Sequence[Place]
 ) -> tuple[tuple[Place, ...], dict[Place, int]]:
-    """Each input in the first of `places` that has room, and what is left in each."""
+    """Each input in the first of `places` that has room, and what is left in each; NoRoom."""
     left: dict[Place, int] = {"device": room.device_bytes, "host": room.host_bytes, "nvme": room.nvme_bytes}
     inputs: list[Place] = []
     for number, block in enumerate(blocks):

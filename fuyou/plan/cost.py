@@ -14,7 +14,7 @@ Where updates run is in `Choice.update`; u is the update's work and f, b are for
     "speculative"  the least over x of phase(f + x u) + phase(b + (1 - x) u)
 
 and every step has `Machine.tail_s` on top, which nothing hides. With accumulation, forward and backward come as often,
-the update once. For n → ∞ the last line is at least max over resources of f + b + u, the bound of ../EVIDENCE 3, and
+the update once. For n → ∞ the last line is at least max over resources of f + b + u, which no schedule can beat, and
 equals it where one resource bounds both phases.
 
 Without a GPU (`Machine.shared_compute`) compute, Adam and copies use the same cores. Compute and Adam are measured on all of
@@ -73,7 +73,7 @@ class BlockNumbers:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes a parameter that a system moves a step, from EVIDENCE 3. `state` is the optimizer's beside the compute copy.
+    """Bytes a parameter that a system moves a step. `state` is the optimizer's beside the compute copy.
 
     Weights are read from where they live `forward_reads` times a forward and `backward_reads` times a backward, gradients
     are written once and read by the update, which reads and writes `state_bytes` and writes the compute copy. `dram_bytes`:
@@ -90,11 +90,11 @@ class Traffic:
     gradients_wait: bool = True  # False: the update takes each gradient as it comes, and none is held in host memory
 
 
-# fuyou, from fuyou/plan/planner.py's bytes of each kind and DESIGN's 'State format': on NVMe alone 16 bytes a parameter read
+# fuyou, from fuyou/plan/planner.py's bytes of each kind and [Note: split master] of swap/adam.py: on NVMe alone 16 bytes a parameter read
 # and 14 written in bf16 (split master: hi 2; lo 2, m 4, v 4), 20 and 16 in fp32. What README measures is this.
 FUYOU_BF16 = Traffic("fuyou, bf16", weight_bytes=2, gradient_bytes=2, state_bytes=10, dram_bytes=26)
 FUYOU_FP32 = Traffic("fuyou, fp32", weight_bytes=4, gradient_bytes=4, state_bytes=8, dram_bytes=28)
-# The Fuyou paper's system: fp32 master, m and v, and an fp16 copy. 14 bytes a parameter each way [EVIDENCE 1]: the copy is
+# The Fuyou paper's system: fp32 master, m and v, and an fp16 copy. 14 bytes a parameter each way (its artifact): the copy is
 # read from the drives once, and gradients are used in host memory.
 PAPER = Traffic(
     "the Fuyou paper's system", weight_bytes=2, gradient_bytes=2, state_bytes=12, dram_bytes=28, backward_reads=0,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from fuyou.core.sizes import format_bytes
-from fuyou.plan.cost import BlockNumbers, Choice, Item, Prediction, predict
-from fuyou.plan.machine import Machine
+from fuyou.plan.cost import BlockNumbers, Prediction, Question, predict
 
-_WORDS = {
+WORDS = {
     "compute": "compute on the device",
     "host_to_device": "the link from host to device",
     "device_to_host": "the link from device to host",
@@ -18,72 +19,111 @@ _WORDS = {
 }
 
 
+WORTH = 1.03  # a gain below this is not worth saying
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """A change, and the seconds a step (and a row of the batch, where that changes) that the model predicts for it."""
+    """A change, and how many times as fast a row of the batch is trained with it."""
 
     change: str
-    gain: float  # 1.25: a quarter faster, per row
+    gain: float
 
 
 def remedies(prediction: Prediction) -> list[Remedy]:
-    """What would make a step at least 3 % faster, best first; each predicted, with activations as they were chosen."""
+    """What would make training at least 3 % faster, best first; each predicted, with activations as they were chosen.
+
+    Where two resources bind at once no single change helps: then pairs.
+    """
     question = prediction.question
-    machine, blocks, choice, traffic = question.machine, question.blocks, question.choice, question.traffic
-    before = prediction.seconds_per_step
-    tried: list[tuple[str, Prediction, float]] = []
-
-    def attempt(change: str, machine: Machine, choice: Choice, blocks: Sequence[BlockNumbers], rows: float = 1) -> None:
-        tried.append((change, predict(machine, blocks, choice, traffic), rows))
-
-    if machine.drives:
-        faster = replace(
-            machine, drives=machine.drives * 2, array_bytes_per_s=machine.array_bytes_per_s * 2
-        )  # an array's cap is doubled too: twice as many drives on one cap is what `fuyou plan --drives` is for
-        attempt("twice the drives", faster, choice, blocks)
-    quick = [
-        replace(each, forward_s=each.forward_s / 2, backward_s=each.backward_s / 2, items=_halved(each.items))
-        for each in blocks
+    changes = [_drives, _device, _link, _memory_bandwidth, _host_memory, _batch]
+    single = [found for change in changes if (found := _gain(prediction, change(question))) is not None]
+    pairs = [
+        found
+        for one, other in itertools.combinations(changes[:-1], 2)
+        if not single and (found := _gain(prediction, one(question), other)) is not None
     ]
-    attempt("a device twice as fast", machine, choice, quick)
-    h2d, d2h = machine.host_to_device_bytes_per_s * 2, machine.device_to_host_bytes_per_s * 2
-    attempt(
-        "twice the link",
-        replace(machine, host_to_device_bytes_per_s=h2d, device_to_host_bytes_per_s=d2h),
-        choice,
-        blocks,
+    return sorted(single or pairs, key=lambda each: -each.gain)
+
+
+# Each change: the question with it, its words, and how many times the rows; None where it means nothing.
+Change: TypeAlias = "tuple[Question, str, int] | None"
+
+
+def _gain(prediction: Prediction, change: Change, more: Callable[[Question], Change] | None = None) -> Remedy | None:
+    if change is not None and more is not None:
+        further = more(change[0])
+        change = (further[0], f"{change[1]} and {further[1]}", change[2]) if further is not None else None
+    if change is None:
+        return None
+    its, words, rows = change
+    after = predict(its.machine, its.blocks, its.choice, its.traffic)
+    if rows > 1 and after.tier_bytes("device") > its.machine.device_bytes:
+        return None
+    gain = rows * prediction.seconds_per_step / after.seconds_per_step
+    return Remedy(words, gain) if gain >= WORTH else None
+
+
+def _drives(question: Question) -> Change:
+    """With an array whose cap is doubled too: more drives on one cap is what `fuyou plan --drives` is for."""
+    machine = question.machine
+    if not machine.drives:
+        return None
+    twice = replace(machine, drives=machine.drives * 2, array_bytes_per_s=machine.array_bytes_per_s * 2)
+    return replace(question, machine=twice), "twice the drives", 1
+
+
+def _device(question: Question) -> Change:
+    blocks = tuple(
+        replace(
+            each,
+            forward_s=each.forward_s / 2,
+            backward_s=each.backward_s / 2,
+            items=tuple(replace(item, recompute_s=item.recompute_s / 2) for item in each.items),
+        )
+        for each in question.blocks
     )
-    attempt(
-        "twice the memory bandwidth", replace(machine, dram_bytes_per_s=machine.dram_bytes_per_s * 2), choice, blocks
-    )
-    if min(choice.host_weights, choice.host_gradients, choice.host_state) < 1:
-        home = replace(choice, host_weights=1.0, host_gradients=1.0, host_state=1.0)
-        needed = predict(machine, blocks, home, traffic).tier_bytes("host")
-        attempt(f"ram for weights, gradients and state ({format_bytes(needed)} in all)", machine, home, blocks)
-    attempt("twice the batch, where it fits", machine, choice, [_doubled(each) for each in blocks], rows=2)
-    found = [Remedy(change, rows * before / after.seconds_per_step) for change, after, rows in tried]
-    return sorted((each for each in found if each.gain >= 1.03), key=lambda each: -each.gain)
+    return replace(question, blocks=blocks), "a device twice as fast", 1
+
+
+def _link(question: Question) -> Change:
+    there, back = question.machine.host_to_device_bytes_per_s, question.machine.device_to_host_bytes_per_s
+    machine = replace(question.machine, host_to_device_bytes_per_s=2 * there, device_to_host_bytes_per_s=2 * back)
+    return replace(question, machine=machine), "twice the link", 1
+
+
+def _memory_bandwidth(question: Question) -> Change:
+    machine = replace(question.machine, dram_bytes_per_s=2 * question.machine.dram_bytes_per_s)
+    return replace(question, machine=machine), "twice the memory bandwidth", 1
+
+
+def _host_memory(question: Question) -> Change:
+    choice = replace(question.choice, host_weights=1.0, host_gradients=1.0, host_state=1.0)
+    if choice == question.choice:
+        return None
+    needed = predict(question.machine, question.blocks, choice, question.traffic).tier_bytes("host")
+    return replace(question, choice=choice), f"{format_bytes(needed)} of ram, for all of the model's state", 1
+
+
+def _batch(question: Question) -> Change:
+    return replace(question, blocks=tuple(_doubled(each) for each in question.blocks)), "twice the batch", 2
 
 
 def explain(prediction: Prediction) -> str:
     """What bounds the step, how busy everything is, and what would help, in words."""
     total = prediction.seconds_per_step
     shares = sorted(prediction.busy_s.items(), key=lambda each: -each[1])
-    busy = ", ".join(f"{_WORDS[name]} {value / total:.0%}" for name, value in shares if value >= 0.005 * total)
-    text = f"The step is bound by {_WORDS[prediction.bound_by]}. Of {total:.3g} s a step, busy: {busy}."
-    help_ = remedies(prediction)[:3]
-    if not help_:
-        return f"{text} No single change of the machine would make it 3 % faster."
-    return f"{text} What would help: {'; '.join(f'{each.change}, {each.gain:.2f} times as fast' for each in help_)}."
-
-
-def _halved(items: tuple[Item, ...]) -> tuple[Item, ...]:
-    return tuple(replace(each, recompute_s=each.recompute_s / 2) for each in items)
+    busy = ", ".join(f"{WORDS[name]} {value / total:.0%}" for name, value in shares if value >= 0.005 * total)
+    text = f"The step is bound by {WORDS[prediction.bound_by]}. Of {total:.3g} s a step, busy: {busy}."
+    helping = remedies(prediction)[:3]
+    if not helping:
+        return f"{text} No change of the machine that was tried would make it 3 % faster."
+    return f"{text} What would help: {'; '.join(f'{each.change}, {each.gain:.2f} times as fast' for each in helping)}."
 
 
 def _doubled(block: BlockNumbers) -> BlockNumbers:
     """The block with twice the rows."""
-    items = tuple(Item(each.name, each.nbytes * 2, each.recompute_s * 2) for each in block.items)
+    items = tuple(replace(each, nbytes=each.nbytes * 2, recompute_s=each.recompute_s * 2) for each in block.items)
     return replace(
         block,
         forward_s=block.forward_s * 2,

@@ -33,9 +33,13 @@ class System:
     swaps_to_host: bool  # and for activations
     keeps_on_device: bool  # activations stay on the device where there is room
     temporaries: bool  # gradients of activations take memory beside what was saved
+    slices_batches: bool  # a block can run a part of the batch at a time
 
-    def staging_bytes(self, host_bytes: int) -> int:
-        """Of host memory: planner.py's largest chunks with as many in flight as a drive likes, a quarter at most."""
+    def staging_bytes(self, host_bytes: int, with_nvme: bool) -> int:
+        """Of host memory: planner.py's largest chunks with as many in flight as a drive likes, a quarter at most; nothing
+        where nothing is on NVMe."""
+        if not with_nvme:
+            return 0
         chunk, its = CHUNK_ELEMENTS[0], self.traffic
         update = its.weight_bytes + its.gradient_bytes + its.state_bytes
         a_parameter = (
@@ -63,10 +67,11 @@ def fuyou_system(precision: str = "bf16", device: str = "cuda") -> System:
         swaps_to_host=True,
         keeps_on_device=True,
         temporaries=True,
+        slices_batches=True,
     )
 
 
-# As its artifact does it [EVIDENCE 1]: the update runs under backward, group by group, each gradient used as it comes; model
+# As its artifact (RC4ML/LoHan) does it: the update runs under backward, group by group, each gradient used as it comes; model
 # states on the drives however much host memory there is; activations swapped through host memory to the drives. Two blocks
 # of weights and two of gradients on the device: one computes, one is on its way. Weights come in with the drives' reads of
 # forward only. In 24 GB it ran 13B at batch 128, where a block saves 21.5 GB: nothing can have been beside it but weights and
@@ -88,4 +93,5 @@ PAPER_SYSTEM = System(
     swaps_to_host=False,
     keeps_on_device=False,
     temporaries=False,
+    slices_batches=False,
 )

@@ -34,11 +34,12 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load_configuration(name: str) -> Any:
+def load_configuration(name: str, *, local_only: bool = False) -> Any:
     """The configuration of a local folder or a hub id; ConfigError where it is no causal language model of transformers'
-    own."""
+    own. `local_only`: an id is looked up in the hub's cache on this machine, and nobody is asked."""
     transformers = import_transformers()
-    options = _access(name)
+    _require_folder_or_id(name)
+    options = {"trust_remote_code": False, "local_files_only": True} if local_only else _access(name)
     if Path(name).is_dir():
         _check_config_file(Path(name), transformers)
     with _in_words(name):
