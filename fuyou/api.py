@@ -33,6 +33,7 @@ from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.profile import Profiler
+from fuyou.runtime.remembered import Remembered
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import PLACEMENTS, HookStack
@@ -168,6 +169,7 @@ class Run:
             "step_count": self._clock.count,
             "updates": dict(self._updates.counts),
             "update_seconds": dict(self._updates.seconds),
+            "plan": self._schedule.plan_summary(),
             "device": str(self.device),
             "drives": self._tiers.store.summary() if self._tiers.store is not None else [],
             "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},
@@ -299,14 +301,15 @@ class Run:
     def _placing(self, plan: Plan, config: Config) -> Placing:
         """Who says where activations go."""
         if config.activations != "auto":
-            return Fixed(PLACEMENTS[config.activations])
+            return Fixed(config.activations, PLACEMENTS[config.activations])
         deciding = Deciding(
             plan=plan, numbers=self._numbers, tiers=self._tiers, ledger=self._ledger, stash=self._stash,
             updates=self._updates, config=config,
         )  # fmt: skip
+        remembered = Remembered(self._folders[0] if self._folders else None, deciding.key())
         return Auto(
             profiler=lambda: Profiler(self.device), decide=deciding.decide, room=deciding.device_room,
-            settled=lambda plan: None,
+            settled=remembered.remember, recall=remembered.recall,
         )  # fmt: skip
 
     def _commit(self, step: int) -> Ticket:

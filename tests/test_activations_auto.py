@@ -14,8 +14,9 @@ from fuyou.plan.activations import Room
 from fuyou.plan.candidates import Measured, Operation, candidates, numbers_of
 from fuyou.plan.cost import FUYOU_FP32, Choice
 from fuyou.plan.machine import Drive, Machine
-from fuyou.runtime.placing import Auto, Plan
+from fuyou.runtime.placing import Auto, Decided, Plan
 from fuyou.runtime.profile import BlockProfile, Profiler
+from fuyou.runtime.remembered import Remembered
 from fuyou.swap import stash
 from fuyou.swap.activations import Placement
 
@@ -112,7 +113,7 @@ def simulated(seconds: dict[str, float], sizes: list[int], room: int = 1 << 40) 
     settled: list[str] = []
     auto = Auto(
         profiler=Watched, decide=lambda blocks, backwards: list(plans), room=lambda: room,
-        settled=lambda plan: settled.append(plan.name),
+        settled=lambda size, decided: settled.append(decided.plan.name),
     )  # fmt: skip
     did = []
     for size in sizes:
@@ -197,3 +198,73 @@ def test_all_that_fits_is_kept(nvme):
         plan = run._schedule._placing.plan
     assert plan.name == "keep"
     assert {each.saved for each in plan.placements.values()} == {"keep"}
+
+
+# --- remembering ---------------------------------------------------------------------------------------------------------
+
+
+def decided() -> Decided:
+    placements = {0: Placement("keep"), 1: Placement("recompute", "nvme", ((2, "host"), (5, "device")))}
+    return Decided(Plan("mixed", placements, 1.5, "Words."), {0: 1000, 1: 2000})
+
+
+def test_what_was_settled_on_is_there_for_the_next_run_of_the_same_key(tmp_path):
+    Remembered(str(tmp_path), {"a": 1}).remember(64, decided())
+    Remembered(str(tmp_path), {"a": 1}).remember(32, decided())
+    again = Remembered(str(tmp_path), {"a": 1})
+    assert again.recall(64) == again.recall(32) == decided()
+    assert again.recall(63) is None
+    assert Remembered(str(tmp_path), {"a": 2}).recall(64) is None
+    assert Remembered(None, {"a": 1}).recall(64) is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[" * 100_000,
+        lambda text: "[]",
+        lambda text: text.replace('"keep"', '"elsewhere"'),
+        lambda text: text.replace('"nvme"', '"../../etc"'),
+        lambda text: text.replace("1.5", "NaN"),
+        lambda text: text.replace("1000", "-1"),
+        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"placements"', '"places"'),
+        lambda text: text.replace("5,", "-5,"),
+    ],
+)
+def test_a_spoilt_file_is_no_file(spoil, tmp_path):
+    remembered = Remembered(str(tmp_path), {"a": 1})
+    remembered.remember(64, decided())
+    file = tmp_path / "fuyou-plan.json"
+    text = file.read_text()
+    assert spoil(text) != text
+    file.write_text(spoil(text))
+    assert remembered.recall(64) is None
+    remembered.remember(64, decided())
+    assert remembered.recall(64) == decided()
+
+
+def test_a_folder_that_takes_no_file_is_no_error(tmp_path):
+    remembered = Remembered(str(tmp_path / "not there"), {"a": 1})
+    remembered.remember(64, decided())
+    assert remembered.recall(64) is None
+
+
+def test_a_second_run_does_not_watch_again(nvme, monkeypatch):
+    case = models.CASES["gpt"]
+
+    def plans(count: int) -> list[Any]:
+        model = case.model()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        found = []
+        with fuyou.wrap(model, optimizer, nvme, ram="64MiB", gpu="1GiB", device="cpu") as run:
+            for step in range(count):
+                models.accumulate(model, case, step)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                found.append(run.report().dict()["plan"]["settled"])
+        return found
+
+    assert plans(6) == [False, False, False, True, True, True]
+    assert plans(4) == [False, True, True, True]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fuyou.plan.activations import Activations, NoRoom, Room, choose_activations, fixed_activations
-from fuyou.plan.cost import Action, BlockNumbers, Choice, Item, Traffic
+from fuyou.plan.cost import Action, BlockNumbers, Choice, Item, Prediction, Traffic
 from fuyou.plan.machine import Machine
 
 WORTH_TRYING = (
@@ -51,7 +51,11 @@ class Candidate:
     saved: tuple[str, ...]
     results: tuple[Mapping[int, str], ...]
     inputs: tuple[str, ...]
-    seconds: float
+    prediction: Prediction
+
+    @property
+    def seconds(self) -> float:
+        return self.prediction.seconds_per_step
 
 
 def numbers_of(block: Measured) -> BlockNumbers:
@@ -127,7 +131,7 @@ def _candidate(name: str, activations: Activations, blocks: Sequence[BlockNumber
         }
         saved.append(rest)
         results.append({ordinal: tier for ordinal, tier in tiers.items() if rest == "recompute" or tier != _tier(rest)})
-    return Candidate(name, tuple(saved), tuple(results), activations.inputs, activations.prediction.seconds_per_step)
+    return Candidate(name, tuple(saved), tuple(results), activations.inputs, activations.prediction)
 
 
 def _tier(action: str) -> str:

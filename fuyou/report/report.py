@@ -22,7 +22,8 @@ class Report:
         """`tiers.{device,host,nvme}.{budget_bytes,peak_bytes,reserve_bytes,by_category}`, `process`, `traffic`, `steps`,
         `updates` (chunks: guessed, accepted, dropped, deferred), `update_seconds` (of the threads beside training: waiting
         for commits, writes and reads, and computing), `drives` (of each its folder, the bytes that it holds and has moved,
-        its measured speed), `engine`, `notes`.
+        its measured speed), `plan` (of the activations: name, settled, predicted_seconds_per_step, words, blocks), `engine`,
+        `notes`.
         `by_category` is what made up the tier's peak; `reserve_bytes` are torch's temporaries."""
         return self._content
 
@@ -57,6 +58,10 @@ class Report:
                 f"written {format_bytes(each['write_bytes'])}."
                 for each in self._content["drives"]
             ]
+        plan = self._content["plan"]
+        if plan["blocks"]:
+            how = "; ".join(f"{count} blocks {text}" for text, count in plan["blocks"].items())
+            lines.append(f"Activations: {how}{'' if plan['settled'] else ' (being tried)'}. {plan['words']}".rstrip())
         process = self._content["process"]
         lines.append(
             f"Process: {format_bytes(process['baseline_rss_bytes'])} resident after wrap, "

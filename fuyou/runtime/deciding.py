@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import psutil
+import torch
 
 from fuyou.core.config import Config
 from fuyou.core.ledger import Ledger
 from fuyou.plan.activations import Room
 from fuyou.plan.candidates import Candidate, Measured, Operation, candidates
 from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Traffic, Update
+from fuyou.plan.explain import explain
 from fuyou.plan.machine import Drive, Machine
 from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
 from fuyou.runtime.placing import Plan as ActivationPlan
@@ -59,6 +62,17 @@ class Deciding:
             self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
         )
         return [_plan_of(each, measured) for each in found]
+
+    def key(self) -> dict[str, Any]:
+        """All that a plan depends on, but the size of the batch."""
+        return {
+            "units": [[each.name, each.elements, each.itemsize, each.trainable] for each in self._numbers],
+            "budgets": {tier: self._ledger.budgets[tier] for tier in ("device", "host")},
+            "device": str(self._tiers.link.device),
+            "drives": len(self._tiers.store.drives) if self._tiers.store is not None else 0,
+            "config": [self._config.update, self._config.durability, self._config.micro_batch],
+            "torch": torch.__version__,
+        }
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -136,4 +150,4 @@ def _plan_of(candidate: Candidate, measured: Sequence[Measured]) -> ActivationPl
             measured, candidate.saved, candidate.inputs, candidate.results, strict=True
         )
     }
-    return ActivationPlan(candidate.name, placements, candidate.seconds)
+    return ActivationPlan(candidate.name, placements, candidate.seconds, explain(candidate.prediction))

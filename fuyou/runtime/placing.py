@@ -12,13 +12,13 @@ a while. What a plan keeps on the device is recomputed all the same by a frame t
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
-from fuyou.swap.activations import KEEP, Placement, Watch
+from fuyou.swap.activations import Placement, Watch
 
 RECOMPUTE = Placement("recompute")
 WARM_STEPS = 2  # those of the gauge of temporaries, which makes them slower
@@ -28,11 +28,20 @@ LARGER, SMALLER, SMALL_STEPS = 1.02, 0.5, 20  # batches that a plan is not for: 
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement for each block by index, and the seconds a step that it is expected to take."""
+    """A placement for each block by index, the seconds a step that it is expected to take, and what bounds it in words."""
 
     name: str
     placements: Mapping[int, Placement]
     seconds: float
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A plan, and the bytes that each block's forward saves for a batch of its size."""
+
+    plan: Plan
+    saved_bytes: Mapping[int, int]
 
 
 class Placing(Protocol):
@@ -50,12 +59,19 @@ class Placing(Protocol):
 
     def end_step(self, seconds: float) -> None: ...
 
+    def summary(self) -> dict[str, Any]:
+        """{name, settled, predicted_seconds_per_step (None where nothing was predicted), words, blocks ({how: how many})}"""
+
 
 class Fixed:
     """The same for every block."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, name: str, placement: Placement) -> None:
+        self._name = name
         self._placement = placement
+
+    def summary(self) -> dict[str, Any]:
+        return {"name": self._name, "settled": True, "predicted_seconds_per_step": None, "words": "", "blocks": {}}
 
     def of(self, block: int) -> tuple[Placement, Watch | None]:
         return self._placement, None
@@ -71,7 +87,8 @@ class Fixed:
 
 class Auto:
     """Watches, decides, tries and settles. `profiler()` makes a new one. `decide(blocks, backwards)` gives the plans worth
-    trying, the most promising first. `room()`: bytes free on the device. `settled(plan)` is told the end of it."""
+    trying, the most promising first. `room()`: bytes free on the device. `settled(size, decided)` is told the end of it,
+    and `recall(size)` is asked before it all begins again."""
 
     def __init__(
         self,
@@ -79,15 +96,17 @@ class Auto:
         profiler: Callable[[], Profiler],
         decide: Callable[[Mapping[int, BlockProfile], int], list[Plan]],
         room: Callable[[], int],
-        settled: Callable[[Plan], None],
+        settled: Callable[[int, Decided], None],
+        recall: Callable[[int], Decided | None] = lambda size: None,
     ) -> None:
         self._profiler = profiler
         self._decide = decide
         self._room = room
         self._settled = settled
+        self._recall = recall
         self._steps = 0
         self._watching: Profiler | None = None
-        self._bytes: dict[int, int] = {}  # that a block's forward saves, for a batch of `_size`
+        self._bytes: Mapping[int, int] = {}  # that a block's forward saves, for a batch of `_size`
         self._running_bytes = 0
         self._plans: list[Plan] = []
         self._plan: Plan | None = None
@@ -104,6 +123,17 @@ class Auto:
     @property
     def trying(self) -> bool:
         return len(self._plans) > 1
+
+    def summary(self) -> dict[str, Any]:
+        if self._plan is None:
+            return Fixed("recompute", RECOMPUTE).summary() | {"settled": False}
+        return {
+            "name": self._plan.name,
+            "settled": not self.trying,
+            "predicted_seconds_per_step": self._plan.seconds,
+            "words": self._plan.words,
+            "blocks": dict(Counter(str(each) for each in self._plan.placements.values())),
+        }
 
     def of(self, block: int) -> tuple[Placement, Watch | None]:
         if self._watching is not None:
@@ -147,8 +177,20 @@ class Auto:
             self._try_next()
 
     def _watch(self) -> None:
-        self._watching = self._profiler()
+        """Plan anew, unless that has been done for batches of this size."""
         self._plan, self._plans, self._seconds = None, [], {}
+        known = self._recall(self._forward_size)
+        if known is None:
+            self._watching = self._profiler()
+        else:
+            self._begin(known.saved_bytes)
+            self._plan = known.plan
+
+    def _begin(self, saved_bytes: Mapping[int, int]) -> None:
+        self._size = self._forward_size
+        self._bytes = saved_bytes
+        self._running_bytes = max(saved_bytes.values(), default=0)
+        self._recent.clear()
 
     def _look(self, watched: Profiler) -> None:
         """A step has been watched: once more, or decide."""
@@ -160,14 +202,11 @@ class Auto:
         if backwards == 0:
             return
         blocks = watched.read()
-        self._size = self._forward_size
-        self._bytes = {index: each.saved_bytes // max(backwards, 1) for index, each in blocks.items()}
-        self._running_bytes = max(self._bytes.values(), default=0)
-        self._recent.clear()
+        self._begin({index: each.saved_bytes // backwards for index, each in blocks.items()})
         self._plans = self._decide(blocks, backwards)
         self._plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
         if not self.trying:
-            self._settled(self._plan)
+            self._settled(self._size, Decided(self._plan, self._bytes))
 
     def _try_next(self) -> None:
         tried = [each for each in self._plans if len(self._seconds.get(each.name, ())) >= TRIED_STEPS]
@@ -176,7 +215,7 @@ class Auto:
             return
         self._plan = min(tried, key=lambda each: statistics.median(self._seconds[each.name][1:]))
         self._plans = []
-        self._settled(self._plan)
+        self._settled(self._size, Decided(self._plan, self._bytes))
 
 
-__all__ = ["KEEP", "RECOMPUTE", "Auto", "Fixed", "Placing", "Plan"]
+__all__ = ["RECOMPUTE", "Auto", "Decided", "Fixed", "Placing", "Plan"]

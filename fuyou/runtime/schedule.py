@@ -344,6 +344,10 @@ class Schedule:
         self._last.clear()
         self._fetch_ahead("forward", None)
 
+    def plan_summary(self) -> dict[str, Any]:
+        """Of what was decided about activations, for a report: see Placing.summary."""
+        return self._placing.summary()
+
     @property
     def torn(self) -> str:
         """Why nothing may be trained on or saved any more."""

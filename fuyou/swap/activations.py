@@ -166,6 +166,12 @@ class Placement:
     inputs: str = "device"
     results: tuple[tuple[int, str], ...] = ()
 
+    def __str__(self) -> str:
+        text = {"keep": "kept", "recompute": "recomputed", "host": "on the host", "nvme": "on NVMe"}[self.saved]
+        if self.saved == "recompute" and self.inputs != "device":
+            text += f", inputs on {self.inputs}"
+        return text + (f", {len(self.results)} results apart" if self.results else "")
+
 
 KEEP = Placement("keep")
 # By the names of fuyou.Config; "auto" is "recompute" until the planner decides.

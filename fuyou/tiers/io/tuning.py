@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from fuyou.core.beside import read_beside, write_beside
 
 MIB = 1 << 20
 FILE = "fuyou-io.json"  # in the nvme folder, beside the store
 VERSION = 1
-MOST_BYTES = 1 << 16  # that are read of it
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,16 @@ def remembered(folder: str, backend: str) -> Tuning | None:
 
 
 def remember(folder: str, backend: str, tuning: Tuning) -> None:
-    """Keep `tuning` beside the store for the next run. A folder that takes no file is no error: it is measured again."""
-    content = {"version": VERSION, "machine": _machine(folder), "tunings": _tunings(folder) | {backend: asdict(tuning)}}
-    with contextlib.suppress(OSError):
-        descriptor, draft = tempfile.mkstemp(dir=folder, prefix=FILE)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            os.replace(draft, os.path.join(folder, FILE))  # whole or not at all, whoever else writes it
-        except BaseException:
-            os.unlink(draft)
-            raise
+    """Keep `tuning` beside the store for the next run."""
+    tunings = _tunings(folder) | {backend: asdict(tuning)}
+    write_beside(folder, FILE, {"version": VERSION, "machine": _machine(folder), "tunings": tunings})
 
 
 def _tunings(folder: str) -> dict[str, Any]:
     """By backend, unchecked. Empty where the file is not there, is of another machine, or is anything else: anybody may
     have written it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        with open(os.path.join(folder, FILE), encoding="utf-8") as file:
-            content = json.loads(file.read(MOST_BYTES))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_beside(folder, FILE)
         if content["version"] == VERSION and content["machine"] == _machine(folder):
             return dict(content["tunings"])
     return {}

@@ -1,0 +1,33 @@
+"""Small JSON files beside a store: what a run found out and the next one may use. Anybody may have written them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from typing import Any
+
+MOST_BYTES = 1 << 20  # that are read of one
+
+
+def read_beside(folder: str, name: str) -> Any:
+    """What `name` in `folder` holds, unchecked; None where it cannot be read or is no JSON."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.loads(file.read(MOST_BYTES))
+    return None
+
+
+def write_beside(folder: str, name: str, content: Any) -> None:
+    """Whole or not at all, whoever else writes it. A folder that takes no file is no error: what it would hold is found out
+    again."""
+    with contextlib.suppress(OSError):
+        descriptor, draft = tempfile.mkstemp(dir=folder, prefix=name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(draft, os.path.join(folder, name))
+        except BaseException:
+            os.unlink(draft)
+            raise

@@ -1,0 +1,74 @@
+"""Plans for activations that a run has settled on, kept beside its store for the next run of the same model and budgets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from fuyou.core.beside import read_beside, write_beside
+from fuyou.runtime.placing import Decided, Plan
+from fuyou.swap.activations import Placement
+
+FILE = "fuyou-plan.json"  # in the first nvme folder
+VERSION = 1
+MOST_PLANS = 8  # of one model: one for each size of batch
+_SAVED, _TIERS = ("keep", "recompute", "host", "nvme"), ("device", "host", "nvme")
+
+
+class Remembered:
+    """`key`: all that a plan depends on beside the size of the batch; a file of another key is replaced. With no folder
+    nothing is remembered."""
+
+    def __init__(self, folder: str | None, key: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._key = dict(key)
+
+    def recall(self, size: int) -> Decided | None:
+        """What was settled on for batches of `size`, checked field by field; None where nothing was."""
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            return _decided(self._plans()[str(size)])
+        return None
+
+    def remember(self, size: int, decided: Decided) -> None:
+        if self._folder is None:
+            return
+        plans = {name: its for name, its in self._plans().items() if name != str(size)}
+        newest = dict(list(plans.items())[-MOST_PLANS + 1 :]) | {str(size): _values(decided)}
+        write_beside(self._folder, FILE, {"version": VERSION, "key": self._key, "plans": newest})
+
+    def _plans(self) -> dict[str, Any]:
+        content = read_beside(self._folder, FILE) if self._folder is not None else None
+        if isinstance(content, dict) and content.get("version") == VERSION and content.get("key") == self._key:
+            return dict(content.get("plans", {}))
+        return {}
+
+
+def _values(decided: Decided) -> dict[str, Any]:
+    plan = decided.plan
+    return {
+        "name": plan.name,
+        "seconds": plan.seconds,
+        "words": plan.words,
+        "placements": {str(index): [its.saved, its.inputs, its.results] for index, its in plan.placements.items()},
+        "saved_bytes": {str(index): nbytes for index, nbytes in decided.saved_bytes.items()},
+    }
+
+
+def _decided(values: Any) -> Decided:
+    """ValueError, KeyError or TypeError for what cannot be one."""
+    placements = {}
+    for index, (saved, inputs, results) in values["placements"].items():
+        pairs = tuple((ordinal, tier) for ordinal, tier in results)
+        if saved not in _SAVED or inputs not in _TIERS:
+            raise ValueError(f"not a placement: {saved}, {inputs}")
+        if not all(type(ordinal) is int and ordinal >= 0 and tier in _TIERS for ordinal, tier in pairs):
+            raise ValueError(f"not results: {results}")
+        placements[int(index)] = Placement(saved, inputs, pairs)
+    saved_bytes = {int(index): nbytes for index, nbytes in values["saved_bytes"].items()}
+    if not all(type(nbytes) is int and nbytes >= 0 for nbytes in saved_bytes.values()):
+        raise ValueError("not bytes")
+    seconds = float(values["seconds"])
+    if not 0.0 <= seconds < 1e9:  # false for NaN
+        raise ValueError(f"not seconds: {seconds}")
+    return Decided(Plan(str(values["name"]), placements, seconds, str(values["words"])), saved_bytes)
