@@ -22,6 +22,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fuyou
+from fuyou.swap import stash
+from fuyou.swap.activations import PLACEMENTS, Placement
 
 ARCHITECTURES = {**TEXTS, **MEDIA, **UNREPEATABLE}
 BY_DEFAULT = ("Albert", "Bart", "CLIP", "IBert", "Mamba", "MobileViT", "Wav2Vec2")  # the rest is slow, taken together
@@ -67,12 +69,23 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
 
+# Some results are saved on each tier, the rest is recomputed from inputs that are away.
+MIXED = Placement("recompute", "nvme", ((0, "host"), (1, "nvme"), (3, "device"), (4, "nvme")))
+
+
+@pytest.fixture(autouse=True)
+def _everything_moves(monkeypatch):
+    """However small; and "mixed" stands in the place of "host"."""
+    monkeypatch.setattr(stash, "SMALLEST_BYTES", 1)
+    monkeypatch.setitem(PLACEMENTS, "host", MIXED)
+
+
 def outcome_of(model: nn.Module, seen: list[float]) -> Outcome:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return Outcome(seen, {name: tensor.detach().clone() for name, tensor in tensors})
 
 
-@functools.lru_cache(maxsize=2)  # both kinds of activations in a row
+@functools.lru_cache(maxsize=2)  # all kinds of activations in a row
 def plain(name: str, reentrant: bool | None = None) -> Outcome:
     model = built(name, reentrant)
     return outcome_of(model, train(model, optimizer_of(model), ARCHITECTURES[name]))
@@ -92,7 +105,7 @@ def with_fuyou(name: str, folder: Path, activations: str, reentrant: bool | None
     model, architecture = built(name, reentrant), ARCHITECTURES[name]
     optimizer = optimizer_of(model)
     total = sum(each.numel() * each.itemsize for each in [*model.parameters(), *model.buffers()])
-    config = fuyou.Config(activations=activations)
+    config = fuyou.Config(activations="host" if activations == "mixed" else activations)
 
     def wrap(**budgets: int) -> fuyou.Run:
         return fuyou.wrap(model, optimizer, nvme=folder, device="cpu", config=config, **budgets)
@@ -141,14 +154,14 @@ def check(name: str, folder: Path, activations: str, reentrant: bool | None = No
         pytest.fail(f"{name}: {different[:8]}" + (f"; plain PyTorch differs from itself: {again[:8]}" if again else ""))
 
 
-@pytest.mark.parametrize("activations", ["recompute", "keep"])
+@pytest.mark.parametrize("activations", ["recompute", "keep", "nvme", "mixed"])
 @pytest.mark.parametrize("name", BY_DEFAULT)
 def test_one_of_a_kind_as_plain_pytorch(name, activations, nvme):
     check(name, nvme, activations)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", ["recompute", "keep"])
+@pytest.mark.parametrize("activations", ["recompute", "keep", "nvme", "mixed"])
 @pytest.mark.parametrize("name", [name for name in (*TEXTS, *MEDIA) if name not in BY_DEFAULT])
 def test_as_plain_pytorch(name, activations, nvme):
     check(name, nvme, activations)
