@@ -79,6 +79,22 @@ def test_accumulation_repeats_all_but_the_update():
     assert three.peak_bytes == one.peak_bytes
 
 
+def test_the_update_runs_under_one_backward_of_several():
+    one, many = (predict(QUIET, BLOCKS, Choice(accumulation=n, update="backward")) for n in (1, 5))
+    forward = alone(compute=4.0, h2d=8 / 20, d2h=0, nvme=8 / 8, adam=0)
+    # Each backward sums its gradients with those before, but for the first: 4 of 5 read 8 GB and add 3 x 8 GB in memory.
+    read, written = 8 + 8 * 4 / 5, 8
+    busy = {"compute": 4 * 2.7, "h2d": 8 / 20, "d2h": 8 / 10, "adam": 3 * 8 * 4 / 5 / 100}
+    backward = alone(**busy, nvme=max(read / 8 + written / 4, (read + written) / 9))
+    last = alone(
+        **{**busy, "adam": busy["adam"] + 4 * 26 / 100},
+        nvme=max(read / 8 + written / 4, (read + written) / 9) + max(48 / 8 + 48 / 4, 96 / 9),
+    )
+    assert many.forward_s == pytest.approx(5 * forward)
+    assert many.backward_s == pytest.approx(4 * backward + last)
+    assert many.seconds_per_step > 4 * forward + 4 * backward + one.seconds_per_step - forward
+
+
 def test_peak_bytes_written_out():
     actions = (("keep", "host", "recompute"), ("keep", "nvme", "recompute"), ("recompute",) * 3, ("nvme",) * 3)
     choice = Choice(

@@ -13,9 +13,9 @@ Where updates run is in `Choice.update`; u is the update's work and f, b are for
     "deferred"     phase(f + u) + phase(b)                         under the next forward only
     "speculative"  the least over x of phase(f + x u) + phase(b + (1 - x) u)
 
-and every step has `Machine.tail_s` on top, which nothing hides. With accumulation, forward and backward come as often,
-the update once. For n → ∞ the last line is at least max over resources of f + b + u, which no schedule can beat, and
-equals it where one resource bounds both phases.
+and every step has `Machine.tail_s` on top, which nothing hides. "speculative" is, for n → ∞, at least max over resources of
+f + b + u, which no schedule can beat, and equals it where one resource bounds both phases. With accumulation, forward and
+backward come as often, and the update runs under the first forward and the last backward only: it needs the whole gradient.
 
 Without a GPU (`Machine.shared_compute`) compute, Adam and copies use the same cores. Compute and Adam are measured on all of
 them, so their seconds add up; a copy is one core's work, so 1/cores of its seconds is added too.
@@ -90,8 +90,8 @@ class Traffic:
     gradients_wait: bool = True  # False: the update takes each gradient as it comes, and none is held in host memory
 
 
-# fuyou, from fuyou/plan/planner.py's bytes of each kind and [Note: split master] of swap/adam.py: on NVMe alone 16 bytes a parameter read
-# and 14 written in bf16 (split master: hi 2; lo 2, m 4, v 4), 20 and 16 in fp32. What README measures is this.
+# fuyou, from fuyou/plan/planner.py's bytes of each kind and [Note: split master] of swap/adam.py: on NVMe alone 16 bytes a
+# parameter are read and 14 written in bf16 (hi 2; lo 2, m 4, v 4), 20 and 16 in fp32. What README measures is this.
 FUYOU_BF16 = Traffic("fuyou, bf16", weight_bytes=2, gradient_bytes=2, state_bytes=10, dram_bytes=26)
 FUYOU_FP32 = Traffic("fuyou, fp32", weight_bytes=4, gradient_bytes=4, state_bytes=8, dram_bytes=28)
 # The Fuyou paper's system: fp32 master, m and v, and an fp16 copy. 14 bytes a parameter each way (its artifact): the copy is
@@ -235,8 +235,7 @@ def _times(question: Question, *, without: str = "", update: bool = True) -> tup
         {name: 0.0 if name == without else value for name, value in each.seconds(machine).items()}
         for each in (*work[:2], work[2] if update else Work())
     ]
-    stages = max(1, len(question.blocks)) * choice.accumulation
-    return _schedule(machine, busy[0], busy[1], busy[2], choice.update, stages)
+    return _schedule(question, busy[0], busy[1], busy[2])
 
 
 def work_of(
@@ -359,19 +358,21 @@ def _running_bytes(block: BlockNumbers, index: int, choice: Choice) -> int:
 Busy = Mapping[str, float]  # seconds by resource
 
 
-def _schedule(
-    machine: Machine, forward: Busy, backward: Busy, update: Busy, when: str, stages: int
-) -> tuple[float, float, float]:
-    """Seconds of (forward, backward, the update where it has a phase of its own); [Note: cost model]."""
-    forward, backward, update = (_shared(machine, each) for each in (forward, backward, update))
+def _schedule(question: Question, forwards: Busy, backwards: Busy, update: Busy) -> tuple[float, float, float]:
+    """Seconds of (all forwards, all backwards, the update where it has a phase of its own); [Note: cost model]."""
+    times, when = question.choice.accumulation, question.choice.update
+    stages = max(1, len(question.blocks))
+    forward, backward, update = (_shared(question.machine, each) for each in (forwards, backwards, update))
+    forward, backward = ({name: value / times for name, value in each.items()} for each in (forward, backward))
     if when == "step":
-        return _phase(forward, stages), _phase(backward, stages), _phase(update, stages)
+        return times * _phase(forward, stages), times * _phase(backward, stages), _phase(update, stages)
+    others = [(times - 1) * _phase(each, stages) if times > 1 else 0.0 for each in (forward, backward)]
 
     def split(share: float) -> tuple[float, float, float]:
-        """With `share` of the update under forward."""
+        """With `share` of the update under the first forward, the rest under the last backward."""
         return (
-            _phase(_with(forward, update, share), stages),
-            _phase(_with(backward, update, 1 - share), stages),
+            others[0] + _phase(_with(forward, update, share), stages),
+            others[1] + _phase(_with(backward, update, 1 - share), stages),
             0.0,
         )
 
