@@ -1,6 +1,6 @@
 """Where activations should go: "auto" against every fixed mode, over compute speeds, drive speeds and budgets.
 
-    python scripts/bench_activations.py FOLDER [--only grid|pipeline] [--rounds 5] [--steps 2] [--json FILE]
+    python scripts/bench_activations.py FOLDER [--only grid|pipeline|predicted] [--rounds 5] [--steps 2] [--json FILE]
 
 The model's blocks sleep instead of computing (time.sleep releases the GIL, as a GPU would) and save real bytes for their
 backward, which looks at them. Four processes train it under the fixed modes and one under "auto"; they take turns of a
@@ -12,6 +12,9 @@ moved by more than 10 % the row is run once more, and both are printed.
 
 "pipeline": compute takes twice as long as the swapped bytes at the drive's measured speed; what does swapping them cost
 over keeping them? The target is 5 %.
+
+"predicted": a real model, at batches and places of its state. A run under "auto" says what it expects of every mode, in seconds
+and in peak bytes a tier; a run under each mode says what it took.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bench_gpt import VOCABULARY, Gpt
 from bench_sleeper import Remote
 from bench_tools import MIB, DriveGauge, Turn, machine, timed_turn, write_json
 from torch import Tensor, nn
@@ -38,6 +42,18 @@ DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
 BUDGETS = {"tight": (3, 256 * MIB), "half": (11, 256 * MIB), "all": (24, 384 * MIB)}
 WORKING_BYTES = 100 * MIB  # what fuyou insists on, and slots
 SETTLING_STEPS = 20  # of "auto", until it has tried what it wants to try
+REAL_LAYERS = 8
+REAL_GPU = 3 << 30
+REAL_SETTINGS = (
+    (4, 128, "on the drives"),
+    (16, 128, "on the drives"),
+    (16, 128, "in host memory"),
+    (8, 256, "on the drives"),
+)
+REAL_PLACES: dict[str, dict[str, Any]] = {
+    "on the drives": {"ram": 320 * MIB},
+    "in host memory": {"ram": 3 << 30, "with_nvme": False},
+}
 TARGET, PIPELINE_TARGET, CONTROL = 1.07, 1.05, 0.10
 
 
@@ -87,8 +103,8 @@ class Model(nn.Module):
         return x.sum()
 
 
-def step_of(model: nn.Module, optimizer: Any) -> float:
-    loss = model(torch.zeros(1024))
+def step_of(model: nn.Module, optimizer: Any, batch: Tensor) -> float:
+    loss = model(batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -113,14 +129,34 @@ class Setup:
 
     @property
     def gpu(self) -> int:
+        """Bytes of the device budget."""
         return WORKING_BYTES + self.device_blocks * self.nbytes
+
+
+@dataclass(frozen=True)
+class RealSetup:
+    """`folder`: None keeps the state in host memory. Bytes."""
+
+    mode: str
+    folder: str | None
+    ram: int
+    gpu: int
+    rows: int
+    tokens: int
+    drive: float | None = None
 
 
 class Contestant:
     """What a process of a row does: makes its model, and steps when it is told."""
 
-    def __init__(self, setup: Setup) -> None:
-        model = Model(setup.blocks, setup.nbytes, setup.forward_s)
+    def __init__(self, setup: Setup | RealSetup) -> None:
+        if isinstance(setup, RealSetup):
+            torch.manual_seed(0)
+            model: nn.Module = Gpt(layers=REAL_LAYERS)
+            self._batch = torch.randint(VOCABULARY, (setup.rows, setup.tokens))
+        else:
+            model = Model(setup.blocks, setup.nbytes, setup.forward_s)
+            self._batch = torch.zeros(1024)
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         self.run: Any = None
         if setup.mode != "plain":
@@ -140,17 +176,16 @@ class Contestant:
         from fuyou import BudgetError
 
         try:
-            return timed_turn(lambda: step_of(self._model, self._optimizer), steps, self.run, warmup)
+            return timed_turn(lambda: step_of(self._model, self._optimizer, self._batch), steps, self.run, warmup)
         except BudgetError as error:
             return f"over budget by {error.shortfall_bytes} bytes"
 
     def summary(self) -> dict[str, Any]:
         if self.run is None:
             return {}
-        plan = getattr(self.run._schedule._placing, "plan", None)
-        tiers = self.run.report().dict()["tiers"]
-        peaks = {tier: (its["peak_bytes"], its["budget_bytes"]) for tier, its in tiers.items()}
-        return {"plan": plan.name if plan else None, "predicted_s": plan.seconds if plan else None, "peaks": peaks}
+        report = self.run.report().dict()
+        peaks = {tier: (its["peak_bytes"], its["budget_bytes"]) for tier, its in report["tiers"].items()}
+        return {"plan": report["plan"], "peaks": peaks}
 
     def close(self) -> None:
         if self.run is not None:
@@ -193,8 +228,9 @@ def run_row(
         remotes: dict[str, Remote] = {}
         try:
             for mode in ("plain", *modes):
-                own = tempfile.mkdtemp(dir=inside)
-                remotes[mode] = Remote(Setup(mode=mode, folder=own, **base), Contestant)
+                own = tempfile.mkdtemp(dir=inside) if base.get("with_nvme", True) else None
+                fields = {name: value for name, value in base.items() if name != "with_nvme"}
+                remotes[mode] = Remote(kind(mode=mode, folder=own, **fields), Contestant)
             for remote in remotes.values():
                 remote.ready()
             turns: dict[str, list[float]] = {mode: [] for mode in remotes}
@@ -234,7 +270,7 @@ def print_row(name: str, row: dict, note: str) -> float:
     cells = " ".join(f"{row[mode]['step_s'] * 1e3:8.0f}" if mode in row else "       -" for mode in MODES)
     over = [tier for tier, (peak, budget) in row["auto"]["peaks"].items() if peak > budget]
     print(
-        f"{name:32}{cells}  {best:10}{ratio:6.2f}  {row['auto']['plan'] or '-':10} moved {row['moved']:4.0%} {note}"
+        f"{name:32}{cells}  {best:10}{ratio:6.2f}  {row['auto']['plan']['name']:10} moved {row['moved']:4.0%} {note}"
         f"{'  OVER BUDGET: ' + ', '.join(over) if over else ''}",
         flush=True,
     )
@@ -278,10 +314,35 @@ def pipeline(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> dict:
     return {**base, **row}
 
 
+def predicted(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[dict]:
+    print("a real model: predicted by a run under auto, and measured under each mode")
+    print(
+        f"{'rows x tokens, state, mode':40}{'s':>8}{'expected':>10}{'error':>8}   error of peak bytes: device, host, nvme"
+    )
+    rows = []
+    for rows_count, tokens, place in REAL_SETTINGS:
+        base = {"rows": rows_count, "tokens": tokens, "gpu": REAL_GPU, **REAL_PLACES[place]}
+        row = run_row(folder, base, MODES, args.rounds, args.steps, gauge, RealSetup)
+        considered = row["auto"]["plan"]["considered"]
+        for mode in MODES[:-1]:
+            if mode not in row or mode not in considered:
+                continue
+            expected, took = considered[mode], row[mode]["step_s"]
+            error = expected["seconds_per_step"] / took - 1
+            peaks = {
+                tier: expected["peak_bytes"][tier] / peak - 1 for tier, (peak, _) in row[mode]["peaks"].items() if peak
+            }
+            cells = " ".join(f"{tier} {off:+.1%}" for tier, off in peaks.items())
+            name = f"{rows_count} x {tokens}, {place}, {mode}"
+            print(f"{name:40}{took:8.3f}{expected['seconds_per_step']:10.3f}{error:+8.1%}   {cells}", flush=True)
+            rows.append({"name": name, "error": error, "peak_errors": peaks, "step_s": took, "expected": expected})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a folder on the drive to measure with")
-    parser.add_argument("--only", choices=("grid", "pipeline"))
+    parser.add_argument("--only", choices=("grid", "pipeline", "predicted"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json")
@@ -290,10 +351,9 @@ def main() -> None:
     gauge = DriveGauge(args.folder)
     try:
         found: dict[str, Any] = {}
-        if args.only != "grid":
-            found["pipeline"] = pipeline(args.folder, args, gauge)
-        if args.only != "pipeline":
-            found["grid"] = grid(args.folder, args, gauge)
+        for name, part in (("pipeline", pipeline), ("grid", grid), ("predicted", predicted)):
+            if args.only in (None, name):
+                found[name] = part(args.folder, args, gauge)
     finally:
         gauge.close()
     write_json(args.json, described, args, **found)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fuyou
 from fuyou.plan.activations import Room
-from fuyou.plan.candidates import Measured, Operation, candidates, numbers_of
+from fuyou.plan.candidates import Measured, Operation, candidates, numbers_of, worth_trying
 from fuyou.plan.cost import FUYOU_FP32, Choice
 from fuyou.plan.machine import Drive, Machine
 from fuyou.runtime.placing import Auto, Decided, Plan
@@ -43,7 +43,7 @@ def blocks(forward_s: float, count: int = 10, operations: tuple[Operation, ...] 
 
 def named(forward_s: float, room: Room, drive: float = 2e9, **options: Any) -> list[str]:
     found = candidates(machine(drive), blocks(forward_s, **options), Choice(), room, FUYOU_FP32)
-    return [each.name for each in found]
+    return [each.name for each in found[: worth_trying([each.seconds for each in found])]]
 
 
 def test_what_has_room_on_the_device_stays_there():

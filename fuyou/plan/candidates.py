@@ -79,7 +79,7 @@ def numbers_of(block: Measured) -> BlockNumbers:
 def candidates(
     machine: Machine, blocks: Sequence[Measured], choice: Choice, room: Room, traffic: Traffic
 ) -> list[Candidate]:
-    """The fastest by the cost model first; what it expects to take `WORTH_TRYING` times as long is left out."""
+    """All that have room, the fastest by the cost model first."""
     numbers = [numbers_of(each) for each in blocks]
     found: dict[str, Activations] = {}
     try:
@@ -102,8 +102,12 @@ def candidates(
         found = {"keep": found["keep"]}
     listed = [_candidate(name, each, whole if name != "mixed" else numbers) for name, each in found.items()]
     listed.sort(key=lambda each: (each.seconds, each.name != "recompute"))
-    unlike = [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]
-    return [each for each in unlike if each.seconds <= WORTH_TRYING * unlike[0].seconds][:MOST_CANDIDATES]
+    return [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]
+
+
+def worth_trying(seconds: Sequence[float]) -> int:
+    """How many of plans in the order of their predicted `seconds` the cost model cannot tell apart well enough."""
+    return sum(each <= WORTH_TRYING * seconds[0] for each in seconds[:MOST_CANDIDATES])
 
 
 def _without_unread(block: BlockNumbers) -> BlockNumbers:

@@ -10,9 +10,9 @@ import torch
 
 from fuyou.core.config import Config
 from fuyou.core.ledger import Ledger
-from fuyou.plan.activations import Room
-from fuyou.plan.candidates import Candidate, Measured, Operation, candidates
-from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Traffic, Update
+from fuyou.plan.activations import Room, fixed_activations
+from fuyou.plan.candidates import Candidate, Measured, Operation, candidates, numbers_of
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic, Update
 from fuyou.plan.explain import explain
 from fuyou.plan.machine import Drive, Machine
 from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
@@ -54,14 +54,18 @@ class Deciding:
         return self._ledger.room("device") - int(MARGIN * self._ledger.budgets["device"])
 
     def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
-        """The plans worth trying; none where nothing but recomputing has room."""
+        """The plans that have room; none where nothing but recomputing has."""
         self._stash.use_pool(self._tiers.open_pool())
         measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
         rates = self._stash.rates()
         found = candidates(
             self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
         )
-        return [_plan_of(each, measured) for each in found]
+        held = {tier: its["peak_bytes"] for tier, its in self._ledger.summary().items()}
+        held["nvme"] = self._ledger.held("nvme")
+        whole = [numbers_of(each) for each in measured]
+        watched = fixed_activations(self._machine(rates), whole, self._choice(backwards), "recompute", self._traffic())
+        return [_plan_of(each, measured, _peaks(each, held, watched.prediction)) for each in found]
 
     def key(self) -> dict[str, Any]:
         """All that a plan depends on, but the size of the batch."""
@@ -143,11 +147,21 @@ class Deciding:
         )
 
 
-def _plan_of(candidate: Candidate, measured: Sequence[Measured]) -> ActivationPlan:
+def _peaks(candidate: Candidate, held: Mapping[str, int], watched: Prediction) -> dict[str, int]:
+    """Of each tier: what it held at its peak while everything was recomputed, with other activations."""
+    return {
+        tier: held[tier]
+        + candidate.prediction.peak_bytes[tier]["activations"]
+        - watched.peak_bytes[tier]["activations"]
+        for tier in held
+    }
+
+
+def _plan_of(candidate: Candidate, measured: Sequence[Measured], peak_bytes: Mapping[str, int]) -> ActivationPlan:
     placements = {
         block.index: Placement(saved, inputs if saved == "recompute" else "device", tuple(sorted(results.items())))
         for block, saved, inputs, results in zip(
             measured, candidate.saved, candidate.inputs, candidate.results, strict=True
         )
     }
-    return ActivationPlan(candidate.name, placements, candidate.seconds, explain(candidate.prediction))
+    return ActivationPlan(candidate.name, placements, candidate.seconds, explain(candidate.prediction), peak_bytes)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fuyou.plan.candidates import worth_trying
 from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
 from fuyou.swap.activations import Placement, Watch
 
@@ -28,12 +29,14 @@ LARGER, SMALLER, SMALL_STEPS = 1.02, 0.5, 20  # batches that a plan is not for: 
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement for each block by index, the seconds a step that it is expected to take, and what bounds it in words."""
+    """A placement for each block by index, the seconds a step and peak bytes a tier that are expected of it, and what
+    bounds it in words."""
 
     name: str
     placements: Mapping[int, Placement]
     seconds: float
     words: str = ""
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Placing(Protocol):
     def end_step(self, seconds: float) -> None: ...
 
     def summary(self) -> dict[str, Any]:
-        """{name, settled, predicted_seconds_per_step (None where nothing was predicted), words, blocks ({how: how many})}"""
+        """{name, settled, predicted_seconds_per_step (None where nothing was predicted), predicted_peak_bytes by tier, words,
+        blocks ({how: how many}), considered ({name: {seconds_per_step, peak_bytes}})}"""
 
 
 class Fixed:
@@ -71,7 +75,10 @@ class Fixed:
         self._placement = placement
 
     def summary(self) -> dict[str, Any]:
-        return {"name": self._name, "settled": True, "predicted_seconds_per_step": None, "words": "", "blocks": {}}
+        return {
+            "name": self._name, "settled": True, "predicted_seconds_per_step": None, "predicted_peak_bytes": {}, "words": "",
+            "blocks": {}, "considered": {},
+        }  # fmt: skip
 
     def of(self, block: int) -> tuple[Placement, Watch | None]:
         return self._placement, None
@@ -86,8 +93,8 @@ class Fixed:
 
 
 class Auto:
-    """Watches, decides, tries and settles. `profiler()` makes a new one. `decide(blocks, backwards)` gives the plans worth
-    trying, the most promising first. `room()`: bytes free on the device. `settled(size, decided)` is told the end of it,
+    """Watches, decides, tries and settles. `profiler()` makes a new one. `decide(blocks, backwards)` gives the plans that
+    have room, the most promising first. `room()`: bytes free on the device. `settled(size, decided)` is told the end of it,
     and `recall(size)` is asked before it all begins again."""
 
     def __init__(
@@ -109,6 +116,7 @@ class Auto:
         self._bytes: Mapping[int, int] = {}  # that a block's forward saves, for a batch of `_size`
         self._running_bytes = 0
         self._plans: list[Plan] = []
+        self._considered: list[Plan] = []
         self._plan: Plan | None = None
         self._seconds: dict[str, list[float]] = {}  # a step and element, of the plans that have been tried
         self._size = 0  # of the batch that the plan is for
@@ -131,6 +139,11 @@ class Auto:
             "name": self._plan.name,
             "settled": not self.trying,
             "predicted_seconds_per_step": self._plan.seconds,
+            "predicted_peak_bytes": dict(self._plan.peak_bytes),
+            "considered": {
+                each.name: {"seconds_per_step": each.seconds, "peak_bytes": dict(each.peak_bytes)}
+                for each in self._considered
+            },
             "words": self._plan.words,
             "blocks": dict(Counter(str(each) for each in self._plan.placements.values())),
         }
@@ -203,7 +216,8 @@ class Auto:
             return
         blocks = watched.read()
         self._begin({index: each.saved_bytes // backwards for index, each in blocks.items()})
-        self._plans = self._decide(blocks, backwards)
+        self._considered = self._decide(blocks, backwards)
+        self._plans = self._considered[: worth_trying([each.seconds for each in self._considered])]
         self._plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
         if not self.trying:
             self._settled(self._size, Decided(self._plan, self._bytes))
