@@ -221,9 +221,15 @@ def put_behind_a_gate(bytes_per_s: float) -> None:
 
 
 def run_row(
-    folder: str, base: dict[str, Any], modes: tuple[str, ...], rounds: int, steps: int, gauge: DriveGauge
+    folder: str,
+    base: dict[str, Any],
+    modes: tuple[str, ...],
+    rounds: int,
+    steps: int,
+    gauge: DriveGauge,
+    kind: Any = Setup,
 ) -> dict:
-    """{mode: {step_s, turns, …}, "control": …} of one setting."""
+    """{mode: {step_s, turns, …}, "moved": …} of one setting."""
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         remotes: dict[str, Remote] = {}
         try:

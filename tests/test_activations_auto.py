@@ -43,12 +43,22 @@ def blocks(forward_s: float, count: int = 10, operations: tuple[Operation, ...] 
 
 def named(forward_s: float, room: Room, drive: float = 2e9, **options: Any) -> list[str]:
     found = candidates(machine(drive), blocks(forward_s, **options), Choice(), room, FUYOU_FP32)
-    return [each.name for each in found[: worth_trying([each.seconds for each in found])]]
+    return [each.name for each in found[: worth_trying([(each.name, each.seconds) for each in found])]]
 
 
 def test_what_has_room_on_the_device_stays_there():
     assert named(0.01, Room(1_100_000_000)) == ["keep"]
     assert "keep" not in named(0.01, Room(1_099_999_999))
+
+
+def test_a_swap_that_the_device_cannot_hold_is_no_plan():
+    """Recomputing holds 10 inputs and what one block saves, 200 MB, with 20 MB of room beside: 220 MB. Swapping holds what
+    two blocks save with their inputs, 220 MB."""
+    found = [
+        [each.name for each in candidates(machine(), blocks(0.1), Choice(), Room(free, 0, 1 << 40), FUYOU_FP32)]
+        for free in (100_000_000 + 9_000_000, 100_000_000 + 21_000_000)
+    ]
+    assert "nvme" not in found[0] and "nvme" in found[1]
 
 
 def test_slow_blocks_are_worth_a_swap_and_quick_ones_a_recomputation():
@@ -76,7 +86,7 @@ def test_costly_results_are_saved_before_the_rest():
     """10 MB that spare 9 of 10 ms of a block, and 100 MB that spare the last one: the first has room for all blocks."""
     operation = Operation(3, 10_000_000, 0.009, saved=False)
     found = candidates(
-        machine(), blocks(0.01, operations=(operation,)), Choice(), Room(100_000_000, 100_000_000, 0), FUYOU_FP32
+        machine(), blocks(0.01, operations=(operation,)), Choice(), Room(130_000_000, 100_000_000, 0), FUYOU_FP32
     )
     assert found[0].name == "mixed"
     assert found[0].saved == ("recompute",) * 10

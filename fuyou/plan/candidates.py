@@ -98,16 +98,28 @@ def candidates(
         each = fixed_activations(machine, whole, choice, action, traffic)
         if max(each.device_bytes, each.host_bytes, each.nvme_bytes) <= limit:
             found[name] = each
-    if "keep" in found:  # nothing moves and nothing is repeated
-        found = {"keep": found["keep"]}
-    listed = [_candidate(name, each, whole if name != "mixed" else numbers) for name, each in found.items()]
-    listed.sort(key=lambda each: (each.seconds, each.name != "recompute"))
+    # The room is beside what recomputing everything holds; a swap holds two blocks at once, and may be more.
+    recomputed = fixed_activations(machine, whole, choice, "recompute", traffic)
+    most = _on_device(recomputed) + room.device_bytes - sum(each.input_bytes for each in blocks)
+    listed = [
+        _candidate(name, each, whole if name != "mixed" else numbers)
+        for name, each in found.items()
+        if name in ("recompute", "keep") or _on_device(each) <= most
+    ]
+    listed.sort(key=lambda each: (each.name != "keep", each.seconds, each.name != "recompute"))
     return [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]
 
 
-def worth_trying(seconds: Sequence[float]) -> int:
-    """How many of plans in the order of their predicted `seconds` the cost model cannot tell apart well enough."""
-    return sum(each <= WORTH_TRYING * seconds[0] for each in seconds[:MOST_CANDIDATES])
+def worth_trying(plans: Sequence[tuple[str, float]]) -> int:
+    """How many of plans, by name and predicted seconds, best first, the cost model cannot tell apart well enough. Where all
+    can be kept nothing moves and nothing is repeated, and there is nothing to try."""
+    if plans and plans[0][0] == "keep":
+        return 1
+    return sum(seconds <= WORTH_TRYING * plans[0][1] for _, seconds in plans[:MOST_CANDIDATES])
+
+
+def _on_device(activations: Activations) -> int:
+    return activations.prediction.peak_bytes["device"]["activations"]
 
 
 def _without_unread(block: BlockNumbers) -> BlockNumbers:

@@ -217,7 +217,7 @@ class Auto:
         blocks = watched.read()
         self._begin({index: each.saved_bytes // backwards for index, each in blocks.items()})
         self._considered = self._decide(blocks, backwards)
-        self._plans = self._considered[: worth_trying([each.seconds for each in self._considered])]
+        self._plans = self._considered[: worth_trying([(each.name, each.seconds) for each in self._considered])]
         self._plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
         if not self.trying:
             self._settled(self._size, Decided(self._plan, self._bytes))
