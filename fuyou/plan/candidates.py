@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fuyou.plan.activations import Activations, NoRoom, Room, choose_activations, fixed_activations
 from fuyou.plan.cost import Action, BlockNumbers, Choice, Item, Prediction, Traffic
@@ -81,13 +81,22 @@ def candidates(
 ) -> list[Candidate]:
     """All that have room, the fastest by the cost model first."""
     numbers = [numbers_of(each) for each in blocks]
-    found: dict[str, Activations] = {}
-    try:
-        found["mixed"] = choose_activations(machine, numbers, choice, room, traffic)
-    except NoRoom:
-        return []
     # Whole blocks: what backward reads is all that need be there, and no input beside it.
     whole = [_without_unread(each) for each in numbers]
+    # The room is beside what recomputing everything holds; what is swapped is on the device before it has left and when it
+    # is back, and that may be more.
+    recomputed = fixed_activations(machine, whole, choice, "recompute", traffic)
+    most = _on_device(recomputed) + room.device_bytes - sum(each.input_bytes for each in blocks)
+    found: dict[str, Activations] = {}
+    try:
+        mixed = choose_activations(machine, numbers, choice, room, traffic)
+        if _on_device(mixed) > most:
+            less = replace(room, device_bytes=room.device_bytes - (_on_device(mixed) - most))
+            mixed = choose_activations(machine, numbers, choice, less, traffic)
+        found["mixed"] = mixed
+    except NoRoom:
+        if recomputed.device_bytes > room.device_bytes:
+            return []
     fixed: tuple[tuple[str, Action, int], ...] = (
         ("recompute", "recompute", room.device_bytes),
         ("keep", "keep", room.device_bytes),
@@ -98,16 +107,14 @@ def candidates(
         each = fixed_activations(machine, whole, choice, action, traffic)
         if max(each.device_bytes, each.host_bytes, each.nvme_bytes) <= limit:
             found[name] = each
-    # The room is beside what recomputing everything holds; a swap holds two blocks at once, and may be more.
-    recomputed = fixed_activations(machine, whole, choice, "recompute", traffic)
-    most = _on_device(recomputed) + room.device_bytes - sum(each.input_bytes for each in blocks)
     listed = [
         _candidate(name, each, whole if name != "mixed" else numbers)
         for name, each in found.items()
         if name in ("recompute", "keep") or _on_device(each) <= most
     ]
-    listed.sort(key=lambda each: (each.name != "keep", each.seconds, each.name != "recompute"))
-    return [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]
+    listed.sort(key=lambda each: each.name == "mixed")  # of two that are alike, the name that says more
+    unlike = [each for number, each in enumerate(listed) if not any(_alike(each, other) for other in listed[:number])]
+    return sorted(unlike, key=lambda each: (each.name != "keep", each.seconds))
 
 
 def worth_trying(plans: Sequence[tuple[str, float]]) -> int:
