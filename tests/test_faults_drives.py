@@ -221,7 +221,7 @@ def test_a_data_file_that_lost_its_name_serves_on(kind: str, nvme: Path, how: st
             losses += [training.step(), training.step()]
         assert losses == expected and same(training.weights(), weights)
         assert_empty(run)
-    assert os.listdir(nvme) == []
+    assert os.listdir(nvme) in ([], ["fuyou-plan.json"])  # of activations, for the next run
 
 
 def test_a_data_file_cut_short_is_an_error_that_names_it(kind: str, nvme: Path) -> None:

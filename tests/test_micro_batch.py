@@ -165,7 +165,7 @@ def test_traffic_does_not_depend_on_the_slices_and_activations_fall(nvme):
         optimizer = models.optimizer_of(models.groups_of(model))
         folder = nvme / str(rows)
         folder.mkdir()
-        config = fuyou.Config(micro_batch=rows)
+        config = fuyou.Config(micro_batch=rows, activations="recompute")
         # Half of the state is on the drive, and staging holds all gradients that go there: none has to be read again.
         with fuyou.wrap(model, optimizer, nvme=folder, ram=2_400_000, gpu="1GiB", device="cpu", config=config) as run:
             peaks[rows] = 0

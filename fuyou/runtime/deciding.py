@@ -25,6 +25,7 @@ from fuyou.swap.updates import Updates
 
 MARGIN = 0.05  # of the device's budget that no plan takes: batches of one size do not need the same to the byte
 UNKNOWN_DRAM_BYTES_PER_S = 20e9  # until an update has been timed
+NOT_MEASURED = Rates(20e9, 20e9)  # of weights, where no activation moves
 
 _UPDATES: dict[str, Update] = {
     "step": "step",
@@ -55,12 +56,17 @@ class Deciding:
 
     def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
         """The plans that have room; none where nothing but recomputing has."""
-        self._stash.use_pool(self._tiers.open_pool())
         measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
-        rates = self._stash.rates()
-        found = candidates(
-            self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
-        )
+        without_moving = self._room(measured, NOT_MEASURED)
+        keeps_all = sum(each.saved_bytes + each.input_bytes for each in measured) <= without_moving.device_bytes
+        # Measuring takes room and time on the drives, and a pool takes host memory: only where something may move.
+        rates = NOT_MEASURED if keeps_all else self._stash.rates()
+        room = without_moving if keeps_all else self._room(measured, rates)
+        found = candidates(self._machine(rates), measured, self._choice(backwards), room, self._traffic())
+        if any(
+            "host" in (*each.saved, *each.inputs, *(t for its in each.results for t in its.values())) for each in found
+        ):
+            self._stash.use_pool(self._tiers.open_pool())
         held = {tier: its["peak_bytes"] for tier, its in self._ledger.summary().items()}
         held["nvme"] = self._ledger.held("nvme")
         whole = [numbers_of(each) for each in measured]
@@ -141,7 +147,7 @@ class Deciding:
         free = max(0, budget - tiers["device"]["peak_bytes"] - int(MARGIN * budget))
         return Room(
             device_bytes=free + sum(each.input_bytes for each in measured),
-            host_bytes=self._stash.pool_bytes,
+            host_bytes=0 if rates is NOT_MEASURED else self._tiers.pool_room_bytes,
             nvme_bytes=int(0.95 * self._ledger.room("nvme")) if rates.nvme_read_bytes_per_s else 0,
             swapped_bytes_per_block=free + max((each.input_bytes for each in measured), default=0),
         )

@@ -116,7 +116,7 @@ class Schedule:
         self._frames: weakref.WeakKeyDictionary[Frame, BlockCalls] = weakref.WeakKeyDictionary()
         self._last_frame: Callable[[], Frame | None] = lambda: None  # of the last call
         self._current: BlockCalls | None = None  # whose weights backward holds
-        self._entered: set[Frame] = set()  # of its calls, those that backward has come to
+        self._entered: weakref.WeakSet[Frame] = weakref.WeakSet()  # of its calls, those that backward has come to
         self._tasks: set[int] = set()  # graph tasks that will call end_backward
         self._aside: dict[Member, GradientHandle] = {}  # `p.grad` of before, while autograd sums the new one
         self._handles: dict[Member, weakref.ref[GradientHandle]] = {}
@@ -300,7 +300,7 @@ class Schedule:
 
     def _leave_current(self) -> None:
         current, self._current = self._current, None
-        for frame in self._entered:
+        for frame in list(self._entered):
             frame.leave()
         self._entered.clear()
         for unit in current.units if current is not None else ():

@@ -156,12 +156,19 @@ class Tiers:
         """Staging of one thread's own."""
         return Buffers(self.arena, nbytes, count, deadline_s=self.deadline_s, races=self.races)
 
+    @property
+    def pool_room_bytes(self) -> int:
+        """Host memory for activations that there is, or could be beyond the plan's: most of what the budget still has, where
+        that is worth anything. The rest is for what is trained later and was frozen so far."""
+        if self.pool is not None:
+            return self.pool.nbytes
+        room = (self._ram_bytes - self._committed_bytes) * 3 // 4 // PAGE_BYTES * PAGE_BYTES
+        return room if room >= SMALLEST_POOL_BYTES else 0
+
     def open_pool(self) -> Arena | None:
-        """Host memory for activations beyond the plan's: most of what the budget still has, where that is worth anything.
-        The rest is for what is trained later and was frozen so far."""
-        room = (self._ram_bytes - self._committed_bytes) * 3 // 4
-        if self.pool is None and room >= SMALLEST_POOL_BYTES:
-            self.pool = self._open_arena(room // PAGE_BYTES * PAGE_BYTES)
+        """That memory, committed now."""
+        if self.pool is None and self.pool_room_bytes:
+            self.pool = self._open_arena(self.pool_room_bytes)
         return self.pool
 
     def in_flight(self) -> list[str]:

@@ -287,10 +287,6 @@ class Stash:
         self._worker("out").submit(lambda: self._send(reference), f"taking {what} off the device")
         return stashed
 
-    @property
-    def pool_bytes(self) -> int:
-        return self._pool.nbytes if self._pool is not None else 0
-
     def use_pool(self, pool: Arena | None) -> None:
         """Host memory for what stays there, where there was none so far."""
         self._pool = self._pool or pool
