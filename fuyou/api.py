@@ -308,7 +308,7 @@ class Run:
         )  # fmt: skip
         remembered = Remembered(self._folders[0] if self._folders else None, deciding.key())
         return Auto(
-            profiler=lambda: Profiler(self.device), decide=deciding.decide, room=deciding.device_room,
+            profiler=lambda: Profiler(self.device, self._clock.stalled_s), decide=deciding.decide, room=deciding.device_room,
             settled=remembered.remember, recall=remembered.recall,
         )  # fmt: skip
 

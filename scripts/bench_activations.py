@@ -41,7 +41,7 @@ DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
 # Blocks whose activations the device holds beside what a step needs anyway, and host memory. 288 MiB are saved in all.
 BUDGETS = {"tight": (3, 256 * MIB), "half": (11, 256 * MIB), "all": (24, 384 * MIB)}
 WORKING_BYTES = 100 * MIB  # what fuyou insists on, and slots
-SETTLING_STEPS = 20  # of "auto", until it has tried what it wants to try
+SETTLING_STEPS = 22  # of "auto", until it has tried what it wants to try
 REAL_LAYERS = 8
 # (rows, tokens, where the state is, bytes of the device): where all can be kept nothing else is predicted.
 REAL_SETTINGS = (

@@ -180,7 +180,9 @@ def test_forked_dataloader_workers_do_not_hold_the_budgets_again(tmp_path):
             run.optimizer.step()  # every page of weights and state is written again while the workers live
             run.optimizer.zero_grad()
 
-        for _ in range(6):  # the heap is trimmed in the first ones, and activations are placed: not while workers share it
+        for _ in range(
+            6
+        ):  # the heap is trimmed in the first ones, and activations are placed: not while workers share it
             step(torch.zeros(16, 256))
         grown, count = growth(step)
         assert count >= 3 and run.report().dict()["tiers"]["host"]["peak_bytes"] > 64 * MIB

@@ -25,7 +25,7 @@ from fuyou.swap.updates import Updates
 
 MARGIN = 0.05  # of the device's budget that no plan takes: batches of one size do not need the same to the byte
 UNKNOWN_DRAM_BYTES_PER_S = 20e9  # until an update has been timed
-NOT_MEASURED = Rates(20e9, 20e9)  # of weights, where no activation moves
+UNKNOWN_DRIVE_BYTES_PER_S = 2e9
 
 _UPDATES: dict[str, Update] = {
     "step": "step",
@@ -57,12 +57,11 @@ class Deciding:
     def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
         """The plans that have room; none where nothing but recomputing has."""
         measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
-        without_moving = self._room(measured, NOT_MEASURED)
-        keeps_all = sum(each.saved_bytes + each.input_bytes for each in measured) <= without_moving.device_bytes
-        # Measuring takes room and time on the drives, and a pool takes host memory: only where something may move.
-        rates = NOT_MEASURED if keeps_all else self._stash.rates()
-        room = without_moving if keeps_all else self._room(measured, rates)
-        found = candidates(self._machine(rates), measured, self._choice(backwards), room, self._traffic())
+        self._updates.drain()  # what the drives can do is measured while they do nothing else
+        rates = self._stash.rates()
+        found = candidates(
+            self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
+        )
         if any(
             "host" in (*each.saved, *each.inputs, *(t for its in each.results for t in its.values())) for each in found
         ):
@@ -107,12 +106,17 @@ class Deciding:
 
     def _machine(self, rates: Rates) -> Machine:
         is_cuda = self._tiers.link.is_cuda
-        drive = Drive(rates.nvme_read_bytes_per_s, rates.nvme_write_bytes_per_s, self._ledger.budgets["nvme"])
+        store = self._tiers.store
+        # Where no activation can go to the drives the state does all the same, at a speed that only matters to what is said.
+        known = store.drives[0].bytes_per_s * len(store.drives) if store is not None else 0.0
+        read, write = rates.nvme_read_bytes_per_s, rates.nvme_write_bytes_per_s
+        usual = known or UNKNOWN_DRIVE_BYTES_PER_S
+        drive = Drive(read or usual, write or usual, self._ledger.budgets["nvme"])
         return Machine(
             name="this machine", flops_per_s=1.0, device_bytes=self._ledger.budgets["device"],
             host_to_device_bytes_per_s=rates.in_bytes_per_s, device_to_host_bytes_per_s=rates.out_bytes_per_s,
             host_bytes=self._ledger.budgets["host"], dram_bytes_per_s=self._dram_bytes_per_s(),
-            cores=psutil.cpu_count(logical=False) or 1, drives=(drive,) if rates.nvme_read_bytes_per_s else (),
+            cores=psutil.cpu_count(logical=False) or 1, drives=(drive,) if store is not None else (),
             shared_compute=not is_cuda,
         )  # fmt: skip
 
@@ -147,7 +151,7 @@ class Deciding:
         free = max(0, budget - tiers["device"]["peak_bytes"] - int(MARGIN * budget))
         return Room(
             device_bytes=free + sum(each.input_bytes for each in measured),
-            host_bytes=0 if rates is NOT_MEASURED else self._tiers.pool_room_bytes,
+            host_bytes=self._tiers.pool_room_bytes,
             nvme_bytes=int(0.95 * self._ledger.room("nvme")) if rates.nvme_read_bytes_per_s else 0,
             swapped_bytes_per_block=free + max((each.input_bytes for each in measured), default=0),
         )

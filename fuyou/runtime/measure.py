@@ -72,6 +72,10 @@ class StepClock:
         self._stalls: dict[str, float] = {}
         self._started: float | None = None
 
+    def stalled_s(self) -> float:
+        """Of this step, so far, whatever for."""
+        return sum(self._stalls.values())
+
     @contextlib.contextmanager
     def stall(self, cause: str) -> Iterator[None]:
         began = time.perf_counter()

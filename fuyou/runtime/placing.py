@@ -1,7 +1,7 @@
 """Where each block's activations go: as Config says, or ("auto") as the cost model and the first steps of a run decide.
 
-    steps 1, 2    everything is recomputed; the machine warms up, the order of blocks is learnt
-    steps 3, 4    the same, and every block is watched: its seconds, then what it saves and its operations (profile.py)
+    steps 1 to 3  everything is recomputed; the machine warms up, the order of blocks is learnt
+    steps 4, 5    the same, and every block is watched: its seconds, then what it saves and its operations (profile.py)
     then          the cost model names the plans that could be the fastest (plan/candidates.py); where it can tell them
                   apart that is all, else each is tried for a few steps, and the one that was fastest stays
 
@@ -22,7 +22,7 @@ from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
 from fuyou.swap.activations import Placement, Watch
 
 RECOMPUTE = Placement("recompute")
-WARM_STEPS = 2  # those of the gauge of temporaries, which makes them slower
+WARM_STEPS = 3  # the gauge of temporaries makes two slower, and one more has the heap that it trimmed to fill again
 TRIED_STEPS = 4  # of each plan; the first has the one before it in it, and is not counted
 LARGER, SMALLER, SMALL_STEPS = 1.02, 0.5, 20  # batches that a plan is not for: by this much, this often
 

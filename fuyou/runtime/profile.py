@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -50,9 +50,8 @@ class ProfiledOperation:
 
 @dataclass
 class BlockProfile:
-    """One block over one step, all its calls and slices together. Seconds of the device; `backward_s` with recomputation
-    and with what the training thread waited in it. `saved_bytes`: distinct storages that its forward saved, inputs not
-    counted."""
+    """One block over one step, all its calls and slices together. Seconds of the device; `backward_s` with recomputation.
+    `saved_bytes`: distinct storages that its forward saved, inputs not counted."""
 
     forward_s: float = 0.0
     backward_s: float = 0.0
@@ -126,17 +125,19 @@ class FrameWatch:
 
 class Profiler:
     """Collects marks during two steps and adds them up when it is asked: one in which blocks are timed, and, once `counting`
-    is set, one in which what they save is counted and their operations are timed, which makes them slower."""
+    is set, one in which what they save is counted and their operations are timed, which makes them slower. `stalled()`:
+    seconds that the training thread has waited so far, which are nobody's compute."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stalled: Callable[[], float] = lambda: 0.0) -> None:
+        self._stalled = stalled
         self.stopwatch = Stopwatch(device)
         self.counting = False
         self.blocks: dict[int, BlockProfile] = {}
         self.forwards: list[tuple[BlockProfile, Mark, Mark]] = []
         self.recomputations: list[tuple[BlockProfile, Mark, Mark]] = []
         self.operations: list[tuple[ProfiledOperation, Mark, Mark]] = []
-        self._backwards: list[tuple[BlockProfile, Mark, Mark]] = []
-        self._backward: tuple[BlockProfile, Mark] | None = None
+        self._backwards: list[tuple[BlockProfile, Mark, Mark, float]] = []
+        self._backward: tuple[BlockProfile, Mark, float] | None = None
         self.backward_count = 0
 
     def of(self, block: int) -> BlockProfile:
@@ -145,12 +146,12 @@ class Profiler:
     def backward_begins(self, block: int) -> None:
         """Its weights are there; the block's before it is through."""
         self.backward_ends()
-        self._backward = self.of(block), self.stopwatch.mark()
+        self._backward = self.of(block), self.stopwatch.mark(), self._stalled()
 
     def backward_ends(self) -> None:
         if self._backward is not None and not self.counting:
-            profile, first = self._backward
-            self._backwards.append((profile, first, self.stopwatch.mark()))
+            profile, first, stalled_s = self._backward
+            self._backwards.append((profile, first, self.stopwatch.mark(), self._stalled() - stalled_s))
         self._backward = None
 
     def read(self) -> dict[int, BlockProfile]:
@@ -160,8 +161,8 @@ class Profiler:
             profile.forward_s += seconds(first, last)
         for profile, first, last in self.recomputations:
             profile.recompute_s += seconds(first, last)
-        for profile, first, last in self._backwards:
-            profile.backward_s += seconds(first, last)
+        for profile, first, last, stalled_s in self._backwards:
+            profile.backward_s += max(0.0, seconds(first, last) - stalled_s)
         for operation, first, last in self.operations:
             operation.seconds += seconds(first, last)
         return self.blocks
