@@ -82,6 +82,15 @@ def test_half_of_the_room_keeps_half_of_the_blocks():
     assert mixed.saved[-5:] == ("keep",) * 5  # they are needed first
 
 
+def test_what_is_kept_leaves_room_for_what_is_under_way():
+    """Room for 5.9 blocks beside a running one: 5 are kept, since the next to be swapped is there beside the running one."""
+    inputs = 10 * 10_000_000
+    found = candidates(machine(), blocks(0.1), Choice(), Room(inputs + 590_000_000, 0, 1 << 40), FUYOU_FP32)
+    mixed = next(each for each in found if each.name == "mixed")
+    assert mixed.saved.count("keep") == 5 and mixed.saved.count("nvme") == 5
+    assert mixed.prediction.peak_bytes["device"]["activations"] <= inputs + 100_000_000 + 590_000_000
+
+
 def test_costly_results_are_saved_before_the_rest():
     """10 MB that spare 9 of 10 ms of a block, and 100 MB that spare the last one: the first has room for all blocks."""
     operation = Operation(3, 10_000_000, 0.009, saved=False)

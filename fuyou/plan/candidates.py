@@ -90,9 +90,9 @@ def candidates(
     found: dict[str, Activations] = {}
     try:
         mixed = choose_activations(machine, numbers, choice, room, traffic)
-        if _on_device(mixed) > most:
-            less = replace(room, device_bytes=room.device_bytes - (_on_device(mixed) - most))
-            mixed = choose_activations(machine, numbers, choice, less, traffic)
+        while _on_device(mixed) > most and mixed.device_bytes > 0:
+            less = max(0, min(room.device_bytes, mixed.device_bytes) - (_on_device(mixed) - most))
+            mixed = choose_activations(machine, numbers, choice, replace(room, device_bytes=less), traffic)
         found["mixed"] = mixed
     except NoRoom:
         if recomputed.device_bytes > room.device_bytes:

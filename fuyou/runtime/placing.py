@@ -64,7 +64,7 @@ class Placing(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """{name, settled, predicted_seconds_per_step (None where nothing was predicted), predicted_peak_bytes by tier, words,
-        blocks ({how: how many}), considered ({name: {seconds_per_step, peak_bytes}})}"""
+        blocks ({how: how many}), considered ({name: {seconds_per_step, peak_bytes}}), tried ({name: seconds of its steps})}"""
 
 
 class Fixed:
@@ -77,7 +77,7 @@ class Fixed:
     def summary(self) -> dict[str, Any]:
         return {
             "name": self._name, "settled": True, "predicted_seconds_per_step": None, "predicted_peak_bytes": {}, "words": "",
-            "blocks": {}, "considered": {},
+            "blocks": {}, "considered": {}, "tried": {},
         }  # fmt: skip
 
     def of(self, block: int) -> tuple[Placement, Watch | None]:
@@ -144,6 +144,7 @@ class Auto:
                 each.name: {"seconds_per_step": each.seconds, "peak_bytes": dict(each.peak_bytes)}
                 for each in self._considered
             },
+            "tried": {name: [each * self._size for each in its] for name, its in self._seconds.items()},
             "words": self._plan.words,
             "blocks": dict(Counter(str(each) for each in self._plan.placements.values())),
         }
