@@ -300,6 +300,8 @@ def grid(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[dict]
         device_blocks, ram = BUDGETS[budget]
         base = {"forward_s": forward_s, "drive": drive, "ram": ram, "device_blocks": device_blocks}
         name = f"{forward_s * 1e3:g} ms, {'as it is' if drive is None else f'{drive / 1e9:g} GB/s'}, {budget}"
+        if args.rows not in name:
+            continue
         for attempt in range(2):
             row = run_row(folder, base, MODES, args.rounds, args.steps, gauge)
             moved = row["moved"] > CONTROL
@@ -358,6 +360,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("grid", "pipeline", "predicted"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rows", default="", help="of the grid, only those with this in their names")
     parser.add_argument("--json")
     args = parser.parse_args()
     described = machine(args.folder)
