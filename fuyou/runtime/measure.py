@@ -110,7 +110,9 @@ class TemporariesGauge:
     """
 
     REFUSING_STEPS = 2
-    TRIM_SHARE = 0.9  # of the budget: from here on growth counts after the first steps too, and the heap is trimmed for it
+    TRIM_SHARE = (
+        0.9  # of the budget: from here on growth counts after the first steps too, and the heap is trimmed for it
+    )
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
     INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
