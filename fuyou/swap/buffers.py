@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
-from fuyou.core.errors import DeadlineError
+from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.races import Races
 from fuyou.core.ticket import Ticket, await_ended
 from fuyou.tiers.host import Arena, Lease
@@ -38,10 +39,19 @@ class Buffers:
     def take(self) -> Lease:
         """Waits for the buffer that came back first, or for one to come back. An operation's own error is not raised
         here: it belongs to whoever started it. DeadlineError where none comes in time."""
+        lease = self.take_unless(lambda: False)
+        if lease is None:
+            raise StateError("A staging buffer was waited for, and given up.")
+        return lease
+
+    def take_unless(self, given_up: Callable[[], bool]) -> Lease | None:
+        """`take`, or None as soon as nobody wants it any more: whoever makes that so calls `wake`."""
         until = time.monotonic() + self._deadline_s
         while True:
             with self._changed:
                 self._reap()
+                if given_up():
+                    return None
                 if self._free:
                     return self._free.pop()
                 if not self._busy:
@@ -50,6 +60,11 @@ class Buffers:
                     continue
                 moves = list(self._busy[0][1])
             await_ended(moves, until)
+
+    def wake(self) -> None:
+        """Whoever waits looks again whether it is still wanted."""
+        with self._changed:
+            self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:

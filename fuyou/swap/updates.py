@@ -208,6 +208,7 @@ class Updates(UpdateQueue):
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._buffers.wake()
         until = time.monotonic() + self._deadline_s
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -268,6 +269,7 @@ class Updates(UpdateQueue):
         with self._changed:
             self.failure = self.failure or error
             self._changed.notify_all()
+        self._buffers.wake()
 
     def _read_all(self) -> None:
         """Takes what comes first in the queue, and starts reading it into a buffer."""
@@ -291,7 +293,10 @@ class Updates(UpdateQueue):
             buffer = None
             if item.needs_buffer:
                 with self._timed("nvme_write"):  # a buffer is free again when what it holds is written
-                    buffer = self._buffers.take()
+                    # The others may all be with updates that are not made any more after a failure, or while closing.
+                    buffer = self._buffers.take_unless(lambda: self._closing or self.failure is not None)
+                if buffer is None:
+                    return
             update = self._take_first(buffer)
             if update is not None:
                 self._begin(update, buffer)
