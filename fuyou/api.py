@@ -33,7 +33,6 @@ from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.profile import Profiler
-from fuyou.runtime.remembered import Remembered
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import PLACEMENTS, HookStack
@@ -304,13 +303,9 @@ class Run:
             return Fixed(config.activations, PLACEMENTS[config.activations])
         deciding = Deciding(
             plan=plan, numbers=self._numbers, tiers=self._tiers, ledger=self._ledger, stash=self._stash,
-            updates=self._updates, config=config,
+            updates=self._updates, config=config, folder=self._folders[0] if self._folders else None,
         )  # fmt: skip
-        remembered = Remembered(self._folders[0] if self._folders else None, deciding.key())
-        return Auto(
-            profiler=lambda: Profiler(self.device, self._clock.stalled_s), decide=deciding.decide, room=deciding.device_room,
-            settled=remembered.remember, recall=remembered.recall,
-        )  # fmt: skip
+        return Auto(deciding, lambda: Profiler(self.device, self._clock.stalled_s))
 
     def _commit(self, step: int) -> Ticket:
         if self._tiers.store is None:

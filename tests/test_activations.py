@@ -286,6 +286,78 @@ def test_a_saved_tensor_that_was_changed_is_refused_as_torch_does(mode, nvme):
             model(x).sum().backward()
 
 
+class Onward(nn.Module):
+    """Changes the inputs of its blocks when they have run, which nothing that a block saves forbids: it saves a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Clipped() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            y = block(x)
+            with torch.no_grad():
+                x.mul_(3.0)
+            x = y
+        return x
+
+
+class Clipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.bias).exp()
+
+
+@pytest.mark.parametrize("inputs", ["device", "host", "nvme"])
+def test_an_input_that_is_changed_after_its_block_is_told_where_the_block_runs_again(inputs, nvme, monkeypatch):
+    model = Onward()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with placed(Placement("recompute", inputs), monkeypatch) as public:
+        config = fuyou.Config(activations=public)
+        with fuyou.wrap(model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=config):
+            with pytest.raises(
+                fuyou.StateError, match="An input of block blocks.2 was modified by an inplace operation"
+            ):
+                model(torch.zeros(5, 24)).sum().backward()
+
+
+class Written(nn.Module):
+    """Writes to the results of linear layers of three dimensions: inside, and where the block's output is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(24, 48), nn.Linear(48, 48), nn.Linear(48, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y += 1.0
+        z = self.second(y)
+        return self.third(z.sigmoid_())
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Written() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(0, (1, -1))
+        for block in self.blocks:
+            x = block(x)
+            x *= 2.0
+        return x
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "nvme"])
+def test_results_that_are_written_to_are_computed_again(tier, nvme, monkeypatch):
+    monkeypatch.setitem(MODES, "all results", Placement("recompute", results=tuple((each, tier) for each in range(3))))
+    both_ways(Outside, steps, "all results", nvme, monkeypatch, debug_races=6)
+
+
 @pytest.mark.parametrize(("ordinals", "left"), [((), 4), ((0,), 2), ((0, 1), 0), ((1,), 2), ((2,), 4)])
 def test_an_operation_whose_result_was_saved_is_not_run_again(ordinals, left, nvme, monkeypatch):
     """Two blocks of three matmuls, the last of which nothing needs: two each to run again."""

@@ -126,14 +126,36 @@ class Watched(Profiler):
         return {0: BlockProfile(saved_bytes=100)}
 
 
+class Told:
+    """Stands for Deciding: the same plans whatever was measured."""
+
+    def __init__(self, plans: list[Plan], room: int) -> None:
+        self.plans, self.room = plans, room
+        self.settled: list[str] = []
+        self.prepared: list[str] = []
+
+    def decide(self, blocks: Any, backwards: int) -> list[Plan]:
+        return list(self.plans)
+
+    def prepare(self, plan: Plan) -> None:
+        self.prepared.append(plan.name)
+
+    def device_room(self) -> int:
+        return self.room
+
+    def recall(self, size: int) -> Decided | None:
+        return None
+
+    def remember(self, size: int, decided: Decided) -> None:
+        self.settled.append(decided.plan.name)
+
+
 def simulated(seconds: dict[str, float], sizes: list[int], room: int = 1 << 40) -> tuple[Auto, list[str], list[str]]:
     """Run `Auto` over steps of `sizes`, each as long as its plan's `seconds`: (it, what each step did, what was settled)."""
     plans = [Plan(name, {0: Placement("keep" if name == "keep" else "nvme")}, 1.0) for name in seconds]
-    settled: list[str] = []
-    auto = Auto(
-        profiler=Watched, decide=lambda blocks, backwards: list(plans), room=lambda: room,
-        settled=lambda size, decided: settled.append(decided.plan.name),
-    )  # fmt: skip
+    told = Told(plans, room)
+    settled = told.settled
+    auto = Auto(told, Watched)
     did = []
     for size in sizes:
         auto.begin_forward(size)
@@ -141,6 +163,7 @@ def simulated(seconds: dict[str, float], sizes: list[int], room: int = 1 << 40) 
         did.append("watch" if watch is not None else placement.saved)
         auto.end_backward()
         auto.end_step(size * (seconds[auto.plan.name] if auto.plan else 1.0))
+        assert auto.plan is None or auto.plan.name in told.prepared
     return auto, did, settled
 
 
@@ -224,7 +247,7 @@ def test_all_that_fits_is_kept(nvme):
 
 def decided() -> Decided:
     placements = {0: Placement("keep"), 1: Placement("recompute", "nvme", ((2, "host"), (5, "device")))}
-    return Decided(Plan("mixed", placements, 1.5, "Words."), {0: 1000, 1: 2000})
+    return Decided(Plan("mixed", placements, 1.5, "Words.", {"device": 3000, "nvme": 4000}), {0: 1000, 1: 2000})
 
 
 def test_what_was_settled_on_is_there_for_the_next_run_of_the_same_key(tmp_path):
@@ -268,6 +291,42 @@ def test_a_folder_that_takes_no_file_is_no_error(tmp_path):
     remembered = Remembered(str(tmp_path / "not there"), {"a": 1})
     remembered.remember(64, decided())
     assert remembered.recall(64) is None
+
+
+def test_a_remembered_plan_has_the_host_memory_that_it_was_made_with(nvme, monkeypatch):
+    """Twice on one folder, once with a plan from before: what goes to the host is there, and not on the drives."""
+    monkeypatch.setattr(stash, "SMALLEST_BYTES", 1)
+    case = models.CASES["gpt"]
+
+    def activations_on_host(spoil_decide: bool) -> int:
+        model = case.model()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        with fuyou.wrap(model, optimizer, nvme, ram="272MiB", gpu="1GiB", device="cpu") as run:
+            decider = run._schedule._placing._decider
+            if spoil_decide:
+                on_host = {index: Placement("host") for index in range(len(run._schedule.blocks))}
+                decider.decide = lambda blocks, backwards: [Plan("host", on_host, 1.0)]
+            else:
+                decider.decide = None  # not asked
+            for step in range(7):
+                models.accumulate(model, case, step)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            assert run.report().dict()["plan"]["name"] == "host"
+            return run.report().dict()["tiers"]["host"]["by_category"]["activations"]
+
+    assert activations_on_host(True) > 0
+    assert activations_on_host(False) > 0
+
+
+def test_a_remembered_plan_that_has_no_room_now_is_not_taken(nvme):
+    model = models.CASES["gpt"].model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with fuyou.wrap(model, optimizer, nvme, ram="64MiB", gpu="1GiB", device="cpu") as run:
+        decider, budgets = run._schedule._placing._decider, run._ledger.budgets
+        for nbytes, taken in ((budgets["nvme"], True), (budgets["nvme"] + 1, False)):
+            decider.remember(10, Decided(Plan("nvme", {0: Placement("nvme")}, 1.0, "", {"nvme": nbytes}), {0: 1}))
+            assert (decider.recall(10) is not None) is taken
 
 
 def test_a_second_run_does_not_watch_again(nvme, monkeypatch):

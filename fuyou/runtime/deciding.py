@@ -16,11 +16,14 @@ from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic,
 from fuyou.plan.explain import explain
 from fuyou.plan.machine import Drive, Machine
 from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
+from fuyou.runtime.placing import Decided
 from fuyou.runtime.placing import Plan as ActivationPlan
 from fuyou.runtime.profile import BlockProfile
+from fuyou.runtime.remembered import Remembered
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import Placement
-from fuyou.swap.stash import Rates, Stash
+from fuyou.swap.rates import Rates
+from fuyou.swap.stash import Stash
 from fuyou.swap.updates import Updates
 
 MARGIN = 0.05  # of the device's budget that no plan takes: batches of one size do not need the same to the byte
@@ -36,11 +39,11 @@ _UPDATES: dict[str, Update] = {
 
 
 class Deciding:
-    """Answers `decide` of runtime/placing.py's Auto for one run."""
+    """Answers the questions of runtime/placing.py's Auto for one run. `folder`: where plans are remembered, or None."""
 
     def __init__(
         self, *, plan: Plan, numbers: Sequence[UnitNumbers], tiers: Tiers, ledger: Ledger, stash: Stash, updates: Updates,
-        config: Config,
+        config: Config, folder: str | None,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._numbers = numbers
@@ -49,6 +52,7 @@ class Deciding:
         self._stash = stash
         self._updates = updates
         self._config = config
+        self._remembered = Remembered(folder, self._key())
 
     def device_room(self) -> int:
         """Bytes that could stay on the device now."""
@@ -62,17 +66,34 @@ class Deciding:
         found = candidates(
             self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
         )
-        if any(
-            "host" in (*each.saved, *each.inputs, *(t for its in each.results for t in its.values())) for each in found
-        ):
-            self._stash.use_pool(self._tiers.open_pool())
         held = {tier: its["peak_bytes"] for tier, its in self._ledger.summary().items()}
         held["nvme"] = self._ledger.held("nvme")
         whole = [numbers_of(each) for each in measured]
         watched = fixed_activations(self._machine(rates), whole, self._choice(backwards), "recompute", self._traffic())
         return [_plan_of(each, measured, _peaks(each, held, watched.prediction)) for each in found]
 
-    def key(self) -> dict[str, Any]:
+    def prepare(self, plan: ActivationPlan) -> None:
+        """Called before a plan is followed: where it has use for host memory, that is taken now."""
+        if any(
+            "host" in (each.saved, each.inputs, *(tier for _, tier in each.results))
+            for each in plan.placements.values()
+        ):
+            self._stash.use_pool(self._tiers.open_pool())
+
+    def recall(self, size: int) -> Decided | None:
+        """What an earlier run settled on for batches of `size`, if this one's tiers have the room that it takes."""
+        decided = self._remembered.recall(size)
+        if decided is None or any(
+            nbytes > self._ledger.budgets[tier] for tier, nbytes in decided.plan.peak_bytes.items()
+        ):
+            return None
+        return decided
+
+    def remember(self, size: int, decided: Decided) -> None:
+        """For the next run."""
+        self._remembered.remember(size, decided)
+
+    def _key(self) -> dict[str, Any]:
         """All that a plan depends on, but the size of the batch."""
         return {
             "units": [[each.name, each.elements, each.itemsize, each.trainable] for each in self._numbers],
@@ -151,7 +172,8 @@ class Deciding:
         free = max(0, budget - tiers["device"]["peak_bytes"] - int(MARGIN * budget))
         return Room(
             device_bytes=free + sum(each.input_bytes for each in measured),
-            host_bytes=self._tiers.pool_room_bytes,
+            # A storage begins a page of its own: as many bytes do not all fit.
+            host_bytes=int(0.9 * self._tiers.pool_room_bytes),
             nvme_bytes=int(0.95 * self._ledger.room("nvme")) if rates.nvme_read_bytes_per_s else 0,
             swapped_bytes_per_block=free + max((each.input_bytes for each in measured), default=0),
         )

@@ -92,25 +92,30 @@ class Fixed:
     def end_step(self, seconds: float) -> None: ...
 
 
-class Auto:
-    """Watches, decides, tries and settles. `profiler()` makes a new one. `decide(blocks, backwards)` gives the plans that
-    have room, the most promising first. `room()`: bytes free on the device. `settled(size, decided)` is told the end of it,
-    and `recall(size)` is asked before it all begins again."""
+class Decider(Protocol):
+    """What Auto asks, once for a run."""
 
-    def __init__(
-        self,
-        *,
-        profiler: Callable[[], Profiler],
-        decide: Callable[[Mapping[int, BlockProfile], int], list[Plan]],
-        room: Callable[[], int],
-        settled: Callable[[int, Decided], None],
-        recall: Callable[[int], Decided | None] = lambda size: None,
-    ) -> None:
+    def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[Plan]:
+        """The plans that have room, the most promising first."""
+
+    def prepare(self, plan: Plan) -> None:
+        """A plan is about to be followed."""
+
+    def device_room(self) -> int:
+        """Bytes free on the device now."""
+
+    def recall(self, size: int) -> Decided | None:
+        """What was settled on before for batches of `size`."""
+
+    def remember(self, size: int, decided: Decided) -> None: ...
+
+
+class Auto:
+    """Watches, decides, tries and settles. `profiler()` makes a new one."""
+
+    def __init__(self, decider: Decider, profiler: Callable[[], Profiler]) -> None:
+        self._decider = decider
         self._profiler = profiler
-        self._decide = decide
-        self._room = room
-        self._settled = settled
-        self._recall = recall
         self._steps = 0
         self._watching: Profiler | None = None
         self._bytes: Mapping[int, int] = {}  # that a block's forward saves, for a batch of `_size`
@@ -156,7 +161,7 @@ class Auto:
             return RECOMPUTE, None
         placement = self._plan.placements.get(block, RECOMPUTE)
         stays = placement.saved == "keep" or any(tier == "device" for _, tier in placement.results)
-        if stays and self._room() < self._bytes.get(block, 0) + self._running_bytes:
+        if stays and self._decider.device_room() < self._bytes.get(block, 0) + self._running_bytes:
             return RECOMPUTE, None
         return placement, None
 
@@ -193,12 +198,16 @@ class Auto:
     def _watch(self) -> None:
         """Plan anew, unless that has been done for batches of this size."""
         self._plan, self._plans, self._seconds = None, [], {}
-        known = self._recall(self._forward_size)
+        known = self._decider.recall(self._forward_size)
         if known is None:
             self._watching = self._profiler()
         else:
             self._begin(known.saved_bytes)
-            self._plan = known.plan
+            self._follow(known.plan)
+
+    def _follow(self, plan: Plan) -> None:
+        self._decider.prepare(plan)
+        self._plan = plan
 
     def _begin(self, saved_bytes: Mapping[int, int]) -> None:
         self._size = self._forward_size
@@ -217,20 +226,22 @@ class Auto:
             return
         blocks = watched.read()
         self._begin({index: each.saved_bytes // backwards for index, each in blocks.items()})
-        self._considered = self._decide(blocks, backwards)
+        self._considered = self._decider.decide(blocks, backwards)
         self._plans = self._considered[: worth_trying([(each.name, each.seconds) for each in self._considered])]
-        self._plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
+        plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
+        self._follow(plan)
         if not self.trying:
-            self._settled(self._size, Decided(self._plan, self._bytes))
+            self._decider.remember(self._size, Decided(plan, self._bytes))
 
     def _try_next(self) -> None:
         tried = [each for each in self._plans if len(self._seconds.get(each.name, ())) >= TRIED_STEPS]
         if len(tried) < len(self._plans):
-            self._plan = next(each for each in self._plans if each not in tried)
+            self._follow(next(each for each in self._plans if each not in tried))
             return
-        self._plan = min(tried, key=lambda each: statistics.median(self._seconds[each.name][1:]))
+        plan = min(tried, key=lambda each: statistics.median(self._seconds[each.name][1:]))
+        self._follow(plan)
         self._plans = []
-        self._settled(self._size, Decided(self._plan, self._bytes))
+        self._decider.remember(self._size, Decided(plan, self._bytes))
 
 
 __all__ = ["RECOMPUTE", "Auto", "Decided", "Fixed", "Placing", "Plan"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fuyou.swap.results import Counting
+from fuyou.swap.results import Counting, Results
 
 Mark = float | torch.cuda.Event
 
@@ -69,7 +69,7 @@ class FrameWatch:
         self._profiler = profiler
         self._profile = profiler.of(block)
         self._seen: dict[int, StorageWeakRef] = {}
-        self._results: dict[int, tuple[int, StorageWeakRef]] = {}  # storage → ordinal
+        self._results = Results()
 
     def inputs(self, tensors: list[torch.Tensor]) -> None:
         nbytes = sum(self._new_bytes(tensor) for tensor in tensors)
@@ -81,9 +81,9 @@ class FrameWatch:
             return
         nbytes = self._new_bytes(tensor)
         self._profile.saved_bytes += nbytes
-        result = self._results.get(tensor.untyped_storage()._cdata)
-        if nbytes and result is not None:
-            self._profile.operations[result[0]].saved = True
+        ordinal = self._results.of(tensor)
+        if nbytes and ordinal is not None:
+            self._profile.operations.setdefault(ordinal, ProfiledOperation("")).saved = True
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -93,11 +93,12 @@ class FrameWatch:
             yield
             self._profiler.forwards.append((self._profile, first, self._profiler.stopwatch.mark()))
             return
-        counting = Counting(self._profiler.stopwatch.mark, self._made)
+        counting = Counting(self._profiler.stopwatch.mark, self._results)
         with counting:
             yield
-        for ordinal, operation in enumerate(counting.operations):
+        for ordinal, operation in enumerate(counting.operations()):
             known = self._profile.operations.setdefault(ordinal, ProfiledOperation(operation.name))
+            known.name = known.name or operation.name
             known.result_bytes += operation.result_bytes
             known.replaceable &= operation.replaceable and known.name == operation.name
             self._profiler.operations.append((known, operation.began, operation.ended))
@@ -108,12 +109,6 @@ class FrameWatch:
         yield
         if not self._profiler.counting:
             self._profiler.recomputations.append((self._profile, first, self._profiler.stopwatch.mark()))
-
-    def _made(self, ordinal: int, tensors: list[torch.Tensor]) -> None:
-        self._profile.operations.setdefault(ordinal, ProfiledOperation(""))
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._results[storage._cdata] = ordinal, StorageWeakRef(storage)
 
     def _new_bytes(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -50,6 +50,7 @@ def _values(decided: Decided) -> dict[str, Any]:
         "name": plan.name,
         "seconds": plan.seconds,
         "words": plan.words,
+        "peak_bytes": dict(plan.peak_bytes),
         "placements": {str(index): [its.saved, its.inputs, its.results] for index, its in plan.placements.items()},
         "saved_bytes": {str(index): nbytes for index, nbytes in decided.saved_bytes.items()},
     }
@@ -66,9 +67,10 @@ def _decided(values: Any) -> Decided:
             raise ValueError(f"not results: {results}")
         placements[int(index)] = Placement(saved, inputs, pairs)
     saved_bytes = {int(index): nbytes for index, nbytes in values["saved_bytes"].items()}
-    if not all(type(nbytes) is int and nbytes >= 0 for nbytes in saved_bytes.values()):
+    peak_bytes = {tier: values["peak_bytes"][tier] for tier in values["peak_bytes"] if tier in _TIERS}
+    if not all(type(nbytes) is int and nbytes >= 0 for nbytes in (*saved_bytes.values(), *peak_bytes.values())):
         raise ValueError("not bytes")
     seconds = float(values["seconds"])
     if not 0.0 <= seconds < 1e9:  # false for NaN
         raise ValueError(f"not seconds: {seconds}")
-    return Decided(Plan(str(values["name"]), placements, seconds, str(values["words"])), saved_bytes)
+    return Decided(Plan(str(values["name"]), placements, seconds, str(values["words"]), peak_bytes), saved_bytes)

@@ -339,9 +339,9 @@ class Schedule:
         now = self._traffic()
         self._clock.end({name: now[name] - self._moved[name] for name in now}, record)
         self._moved = now
-        self._placing.end_step(record.get("seconds", 0.0))
         self._gauge.end_step()
         self._last.clear()
+        self._placing.end_step(record.get("seconds", 0.0))
         self._fetch_ahead("forward", None)
 
     def plan_summary(self) -> dict[str, Any]:

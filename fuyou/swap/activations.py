@@ -28,7 +28,8 @@ from fuyou.core.phase import phase
 from fuyou.swap.book import Held, TensorBook
 from fuyou.swap.results import Giving, Saving
 from fuyou.swap.snapshot import ModuleState, detached, snapshot, tensors_in
-from fuyou.swap.stash import Stash, Stashed
+from fuyou.swap.stash import Stash
+from fuyou.swap.stashed import Stashed
 from fuyou.swap.unit import Unit
 from fuyou.swap.version import Version
 from fuyou.tiers.device import Device
@@ -125,7 +126,7 @@ class SavedWeight:
 
 
 class SavedAway:
-    """A view of a storage that has left the device, or is about to."""
+    """A view of a storage that has left the device, or is about to; has the claim on it that it is made with."""
 
     __slots__ = ("_dtype", "_offset", "_size", "_stride", "_version", "stashed")
 
@@ -135,9 +136,16 @@ class SavedAway:
         self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         self._version = Version(tensor)
 
-    def tensor(self) -> torch.Tensor:
-        """The view again, on the device."""
+    def __del__(self) -> None:
+        self.stashed.unclaim()
+
+    def value(self) -> torch.Tensor:
+        """`tensor`, if nobody changed it since it was saved, as torch checks."""
         self._version.check()
+        return self.tensor()
+
+    def tensor(self) -> torch.Tensor:
+        """The view as it was, on the device."""
         flat = self.stashed.get()
         view = torch.empty(0, dtype=self._dtype, device=flat.device)
         return view.set_(flat.untyped_storage(), self._offset, self._size, self._stride)
@@ -224,9 +232,10 @@ class Frame:
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
         self._inputs: dict[int, Held] = {}  # storage → one input
+        self._versions: list[Version] = []  # of the inputs
         self._away: dict[int, tuple[torch.Tensor, SavedAway, bool]] = {}  # id of what stands for an input → input
         self._tiers: dict[int, tuple[str, StorageWeakRef]] = {}  # storage → where it goes, if not with the others
-        self._stashed: list[weakref.ref[Stashed]] = []  # in the order in which they were saved
+        self._stashed: list[Stashed] = []  # in the order in which they were saved; claimed by who saved them
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -242,14 +251,17 @@ class Frame:
             held = Held(tensor, self._book, f"the inputs of {self.name}")
             self._inputs.setdefault(tensor.untyped_storage()._cdata, held)
             versions.append((tensor, tensor._version))
+        self._versions = [Version(tensor) for tensor, _ in versions]
         self._random = RandomState(self._device_of(versions))
         self._autocast = Autocast()
         self._state = ModuleState(self.module, self._mutable_buffers)
         if self._watch is not None:
             self._watch.inputs([tensor for tensor, _ in versions])
         watched = self._watch.forward() if self._watch is not None else contextlib.nullcontext()
-        with watched, self._saving(), self._hooks.entered(self.pack, self.unpack):
+        saving = Saving(dict(self._place.results), self._save_result) if self._place.results else None
+        with watched, saving or contextlib.nullcontext(), self._hooks.entered(self.pack, self.unpack):
             result = self._forward(*args, **kwargs)
+        self._results = saving.results(tensors_in(result)) if saving is not None else {}
         self._state.after_forward()
         if any(tensor._version != version for tensor, version in versions):
             raise StateError(
@@ -271,21 +283,9 @@ class Frame:
 
         return Saving(dict(self._place.results), note)
 
-    @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        """Results of costly operations are saved as the placement says."""
-        self._results: dict[int, tuple[list[SavedAway | Held], bool]] = {}
-        if not self._place.results:
-            yield
-            return
-
-        def save(tensor: torch.Tensor, tier: str) -> SavedAway | Held:
-            away = self._put(tensor, tier) if tier != "device" else None
-            return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
-
-        with Saving(dict(self._place.results), save) as saving:
-            yield
-        self._results = saving.results()
+    def _save_result(self, tensor: torch.Tensor, tier: str) -> SavedAway | Held:
+        away = self._put(tensor, tier) if tier != "device" else None
+        return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
 
     def _inputs_leave(self) -> None:
         """What the forward has used: the recomputation brings it back."""
@@ -305,8 +305,8 @@ class Frame:
         stashed = self._stash.put(tensor, tier, f"what {self.name} saves")
         if stashed is None:
             return None
-        if not self._stashed or self._stashed[-1]() is not stashed:
-            self._stashed.append(weakref.ref(stashed))
+        if not self._stashed or self._stashed[-1] is not stashed:
+            self._stashed.append(stashed)
         return SavedAway(stashed, tensor)
 
     # Both are called in the middle of a compiled module's code, and Dynamo would go on to compile them too.
@@ -339,25 +339,22 @@ class Frame:
         for _ in range(FETCH_FRAMES):
             if frame is None:
                 return
-            for reference in reversed(frame._stashed):
-                stashed = reference()
-                if stashed is not None and not stashed.fetch():
+            for stashed in reversed(frame._stashed):
+                if not stashed.fetch():
                     return
             frame = frame._before() if frame._before is not None else None
 
     def leave(self) -> None:
         """Backward has gone on to another block: what this one brought back is at home, if anybody still refers to it."""
-        for reference in self._stashed:
-            stashed = reference()
-            if stashed is not None:
-                stashed.leave_again()
+        for stashed in self._stashed:
+            stashed.leave_again()
 
     @torch.compiler.disable
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, SavedHere):
             return packed.value()
         if isinstance(packed, SavedAway):
-            return packed.tensor()
+            return packed.value()
         if isinstance(packed, SavedWeight):
             packed.version.check()
             flat = self._weights.resident_view(packed.unit, self)
@@ -383,6 +380,11 @@ class Frame:
                 f"The weights of block {self.name} were modified by an inplace operation between its forward and its "
                 "backward, which runs it again and would see other weights: run backward first, or wrap with "
                 "Config(activations='keep')."
+            )
+        if any(version.changed for version in self._versions):
+            raise StateError(
+                f"An input of block {self.name} was modified by an inplace operation between its forward and its backward, "
+                "which runs it again and would see other values: wrap with Config(activations='keep')."
             )
         tensors: dict[int, Held] = {}
         count = 0

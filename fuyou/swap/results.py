@@ -3,18 +3,22 @@
 A recomputing block repeats its forward; an operation whose result was saved is not run then, its result is put in its
 place (what torch calls selective activation checkpointing). Operations are known by their ordinal among the costly ones
 of one forward: those whose FLOPs torch.utils.flop_counter knows.
+
+[Note: changed results] A result that is written to after its operation cannot stand for it: running the block again would write
+to it once more. Version counters do not tell: a linear layer of three dimensions gives its product on through
+aten::_unsafe_view, whose result has the same bytes and a counter of its own. So every write is looked for by storage while
+the block runs, and a result whose storage leaves the block, where nobody looks, is not saved either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-
-from fuyou.swap.version import Version
 
 
 class Operation(NamedTuple):
@@ -28,27 +32,68 @@ class Operation(NamedTuple):
     replaceable: bool
 
 
-class Counting(TorchDispatchMode):
-    """Lists the costly operations of what runs under it. `mark()` is the time now; `made(ordinal, results)` is told."""
+class Results:
+    """The results of a block's operations, by ordinal, and which of them were written to since."""
 
-    def __init__(self, mark: Callable[[], Any], made: Callable[[int, list[torch.Tensor]], None]) -> None:
+    def __init__(self) -> None:
+        self._of: dict[int, int] = {}  # storage → ordinal
+        self._names: list[StorageWeakRef] = []  # keep the storages' names from being used again
+        self.changed: set[int] = set()  # ordinals
+
+    def made(self, ordinal: int, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._of[storage._cdata] = ordinal
+            self._names.append(StorageWeakRef(storage))
+
+    def of(self, tensor: torch.Tensor) -> int | None:
+        return self._of.get(tensor.untyped_storage()._cdata)
+
+    def note_writes(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not func._schema.is_mutable:
+            return
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = kwargs.get(argument.name, args[position] if position < len(args) else None)
+            self.note_changed(value if isinstance(value, (list, tuple)) else [value])
+
+    def note_changed(self, values: Iterable[Any]) -> None:
+        for value in values:
+            ordinal = self.of(value) if isinstance(value, torch.Tensor) and value.layout is torch.strided else None
+            if ordinal is not None:
+                self.changed.add(ordinal)
+
+
+class Counting(TorchDispatchMode):
+    """Lists the costly operations of what runs under it. `mark()` is the time now."""
+
+    def __init__(self, mark: Callable[[], Any], results: Results) -> None:
         super().__init__()
         self._mark = mark
-        self._made = made
-        self.operations: list[Operation] = []
+        self._results = results
+        self._operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if not is_costly(func):
-            return func(*args, **(kwargs or {}))
+            self._results.note_writes(func, args, kwargs)
+            return func(*args, **kwargs)
         began = self._mark()
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         ended = self._mark()
         tensors = tensors_of(result)
         nbytes = sum(each.untyped_storage().nbytes() for each in tensors or ())
-        replaceable = tensors is not None and _draws_nothing(func, args, kwargs or {})
-        self._made(len(self.operations), tensors or [])
-        self.operations.append(Operation(str(func), began, ended, nbytes, replaceable))
+        replaceable = tensors is not None and _draws_nothing(func, args, kwargs)
+        self._results.made(len(self._operations), tensors or [])
+        self._operations.append(Operation(str(func), began, ended, nbytes, replaceable))
         return result
+
+    def operations(self) -> list[Operation]:
+        return [
+            each._replace(replaceable=each.replaceable and ordinal not in self._results.changed)
+            for ordinal, each in enumerate(self._operations)
+        ]
 
 
 class Saving(TorchDispatchMode):
@@ -59,28 +104,28 @@ class Saving(TorchDispatchMode):
         self._wanted = wanted
         self._save = save
         self._ordinal = 0
-        self._made: dict[int, tuple[list[Version], list[Any], bool]] = {}
+        self._results = Results()
+        self._made: dict[int, tuple[list[Any], bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if is_costly(func):
-            tier = self._wanted.get(self._ordinal)
-            tensors = tensors_of(result) if tier is not None and _draws_nothing(func, args, kwargs or {}) else None
-            if tensors is not None and tier is not None:
-                versions = [Version(each) for each in tensors]
-                saved = [self._save(each, tier) for each in tensors]
-                self._made[self._ordinal] = versions, saved, isinstance(result, torch.Tensor)
-            self._ordinal += 1
+        kwargs = kwargs or {}
+        if not is_costly(func):
+            self._results.note_writes(func, args, kwargs)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        tier = self._wanted.get(self._ordinal)
+        tensors = tensors_of(result) if tier is not None and _draws_nothing(func, args, kwargs) else None
+        if tensors is not None and tier is not None:
+            self._results.made(self._ordinal, tensors)
+            self._made[self._ordinal] = [self._save(each, tier) for each in tensors], isinstance(result, torch.Tensor)
+        self._ordinal += 1
         return result
 
-    def results(self) -> dict[int, tuple[list[Any], bool]]:
-        """{ordinal: (what was saved, whether it is one tensor)}, without those that the forward changed afterwards: a
-        recomputation would change them once more."""
-        return {
-            ordinal: (saved, single)
-            for ordinal, (versions, saved, single) in self._made.items()
-            if not any(version.changed for version in versions)
-        }
+    def results(self, outputs: Iterable[Any]) -> dict[int, tuple[list[Any], bool]]:
+        """{ordinal: (what was saved, whether it is one tensor)} of those that can stand for their operations; see
+        [Note: changed results]. `outputs`: what leaves the block."""
+        self._results.note_changed(outputs)
+        return {ordinal: made for ordinal, made in self._made.items() if ordinal not in self._results.changed}
 
 
 class Giving(TorchDispatchMode):
