@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import fuyou
 from fuyou.core.ledger import Ledger
 from fuyou.swap import activations, stash
 from fuyou.swap.activations import Placement
+from fuyou.tiers.device import Device
 from fuyou.tiers.scratch import REGION_BYTES
 
 MIB = 1 << 20
@@ -107,6 +109,13 @@ def test_recomputed_activations_without_inputs_are_one_block_and_the_inputs_of_t
 
 @pytest.mark.parametrize("tier", ["host", "nvme"])
 def test_swapped_activations_are_two_blocks_on_the_device_and_all_at_home(tier, nvme, monkeypatch):
+    copy_out = Device.copy_out
+
+    def slow(*args: Any, **kwargs: Any) -> Any:  # or nothing would be left to be waited for
+        time.sleep(2e-3)
+        return copy_out(*args, **kwargs)
+
+    monkeypatch.setattr(Device, "copy_out", slow)
     most = peaks(Placement(tier), nvme, monkeypatch, TOKENS)
     # Forward: what the running block saves and what the one before has not finished sending. Backward: what this block
     # needs, and what the next one will.
@@ -121,6 +130,40 @@ def test_results_on_the_device_are_those_and_the_inputs_and_one_block(nvme, monk
     most = peaks(Placement("recompute", "device", ((0, "device"),)), nvme, monkeypatch, TOKENS)
     first = 4 * ROW  # the result of the block's first product
     assert most["device"] == BLOCKS * (INPUT + first) + SAVED - first
+
+
+class Twice(nn.Module):
+    """Saves one storage five times, in three views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x * self.scale).exp()
+        return y * y.flip(0).detach() + y[: len(y)] * y.view(-1, WIDTH) * y.t().t()
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_a_storage_that_is_saved_many_times_moves_once(tier, nvme):
+    model = nn.Sequential(Twice(), Twice())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    plain = Twice()
+    saved: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: saved.setdefault(each.data_ptr(), each), lambda each: each
+    ):
+        plain(torch.randn(TOKENS, WIDTH).requires_grad_())
+    distinct = {each.untyped_storage().data_ptr() for each in saved.values() if each.untyped_storage().nbytes() >= ROW}
+    config = fuyou.Config(activations=tier)
+    with fuyou.wrap(model, optimizer, nvme, ram="24MiB", gpu="1GiB", device="cpu", config=config) as run:
+        step(model, run.optimizer, TOKENS)
+        before = run._tiers.link.device_to_host_bytes
+        loss = model(torch.randn(TOKENS, WIDTH).requires_grad_())
+        for worker in run._stash._workers.values():
+            worker.submit(lambda: None, "nothing, behind all the rest").wait()
+        assert run._tiers.link.device_to_host_bytes - before == 2 * len(distinct) * ROW
+        loss.sum().backward()
 
 
 def test_a_full_pool_sends_the_rest_to_the_drives(nvme, monkeypatch):
