@@ -35,11 +35,12 @@ from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.profile import Profiler
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
-from fuyou.swap.activations import PLACEMENTS, HookStack
+from fuyou.swap.activations import HookStack
 from fuyou.swap.book import TensorBook
 from fuyou.swap.gradients import Gradient, Gradients
 from fuyou.swap.loader import Loader
 from fuyou.swap.optimizer_state import StateAccess, fill
+from fuyou.swap.placement import PLACEMENTS
 from fuyou.swap.stash import Stash
 from fuyou.swap.unit import Member
 from fuyou.swap.updates import Updates

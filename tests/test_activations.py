@@ -7,6 +7,7 @@ worth moving is set to one byte: everything moves that can.
 from __future__ import annotations
 
 import contextlib
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fuyou
-from fuyou.swap import activations, stash
-from fuyou.swap.activations import Placement
+from fuyou.swap import stash
+from fuyou.swap.placement import PLACEMENTS, Placement
 
 GPU = "1GiB"
 MODES = {
@@ -42,7 +43,7 @@ def _everything_moves(monkeypatch):
 def placed(placement: Placement, monkeypatch) -> Any:
     """A config whose blocks all have this placement, whether the public names have it or not."""
     name = "nvme" if "nvme" in (placement.saved, placement.inputs) else "host"  # the tiers that are planned for
-    monkeypatch.setitem(activations.PLACEMENTS, name, placement)
+    monkeypatch.setitem(PLACEMENTS, name, placement)
     yield name
 
 
@@ -284,6 +285,26 @@ def test_a_saved_tensor_that_was_changed_is_refused_as_torch_does(mode, nvme):
     with fuyou.wrap(model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=config):
         with pytest.raises(fuyou.StateError, match=r"modified by an inplace operation: a tensor of shape \(5, 24\)"):
             model(x).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["host", "nvme", "recompute, inputs and results on three tiers"])
+def test_a_graph_that_outlives_its_run_is_refused_and_holds_nothing(mode, nvme, monkeypatch):
+    model = Stack(Odd)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with placed(MODES[mode], monkeypatch) as public:
+        run = fuyou.wrap(
+            model, optimizer, nvme, ram="4MiB", gpu=GPU, device="cpu", config=fuyou.Config(activations=public)
+        )
+    loss = model(torch.randn(17, 24)).sum()
+    run.close()
+    assert run._ledger.held("host") == 0 and run._ledger.held("nvme") == 0
+    with pytest.raises(fuyou.StateError):
+        loss.backward()
+    del loss
+    gc.collect()
+    torch.ones(1, requires_grad=True).sum().backward()  # torch keeps a graph whose backward failed until the next one
+    assert all(run._ledger.held(tier) == 0 for tier in ("device", "host", "nvme"))
+    run.close()
 
 
 class Onward(nn.Module):

@@ -18,7 +18,7 @@ from fuyou.runtime.placing import Auto, Decided, Plan
 from fuyou.runtime.profile import BlockProfile, Profiler
 from fuyou.runtime.remembered import Remembered
 from fuyou.swap import stash
-from fuyou.swap.activations import Placement
+from fuyou.swap.placement import Placement
 
 MIB = 1 << 20
 

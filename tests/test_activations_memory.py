@@ -11,8 +11,8 @@ from torch import nn
 
 import fuyou
 from fuyou.core.ledger import Ledger
-from fuyou.swap import activations, stash
-from fuyou.swap.activations import Placement
+from fuyou.swap import stash
+from fuyou.swap.placement import PLACEMENTS, Placement
 from fuyou.tiers.device import Device
 from fuyou.tiers.scratch import REGION_BYTES
 
@@ -69,7 +69,7 @@ def step(model: nn.Module, optimizer: Any, tokens: int) -> None:
 
 def peaks(placement: Placement, nvme: Any, monkeypatch, tokens: int, steps: int = 3) -> dict[str, int]:
     monkeypatch.setattr(stash, "SMALLEST_BYTES", 1)
-    monkeypatch.setitem(activations.PLACEMENTS, "host", placement)
+    monkeypatch.setitem(PLACEMENTS, "host", placement)
     model = Stack()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     config = fuyou.Config(activations="host")

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 import fuyou
 from fuyou.swap import stash
-from fuyou.swap.activations import PLACEMENTS, Placement
+from fuyou.swap.placement import PLACEMENTS, Placement
 
 ARCHITECTURES = {**TEXTS, **MEDIA, **UNREPEATABLE}
 BY_DEFAULT = ("Albert", "Bart", "CLIP", "IBert", "Mamba", "MobileViT", "Wav2Vec2")  # the rest is slow, taken together

@@ -21,7 +21,7 @@ from fuyou.runtime.placing import Plan as ActivationPlan
 from fuyou.runtime.profile import BlockProfile
 from fuyou.runtime.remembered import Remembered
 from fuyou.runtime.tiers import Tiers
-from fuyou.swap.activations import Placement
+from fuyou.swap.placement import Placement
 from fuyou.swap.rates import Rates
 from fuyou.swap.stash import Stash
 from fuyou.swap.updates import Updates

@@ -70,6 +70,7 @@ class StepClock:
         self.steps: deque[dict] = deque(maxlen=KEPT_STEPS)
         self.count = 0
         self._stalls: dict[str, float] = {}
+        self._stalling = False
         self._started: float | None = None
 
     def stalled_s(self) -> float:
@@ -78,10 +79,14 @@ class StepClock:
 
     @contextlib.contextmanager
     def stall(self, cause: str) -> Iterator[None]:
-        began = time.perf_counter()
+        if self._stalling:  # making room for weights may wait for activations: the time is counted once
+            yield
+            return
+        self._stalling, began = True, time.perf_counter()
         try:
             yield
         finally:
+            self._stalling = False
             self._stalls[cause] = self._stalls.get(cause, 0.0) + time.perf_counter() - began
 
     def begin(self) -> None:

@@ -42,8 +42,8 @@ from fuyou.runtime.rows import (
     signature,
     write_back,
 )
-from fuyou.swap.activations import RandomState
 from fuyou.swap.snapshot import ModuleState, snapshot, tensors_in
+from fuyou.swap.surroundings import RandomState
 
 
 class BlockCall(Protocol):

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from fuyou.plan.candidates import worth_trying
 from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
-from fuyou.swap.activations import Placement, Watch
+from fuyou.swap.activations import Watch
+from fuyou.swap.placement import Placement
 
 RECOMPUTE = Placement("recompute")
 WARM_STEPS = 3  # the gauge of temporaries makes two slower, and one more has the heap that it trimmed to fill again

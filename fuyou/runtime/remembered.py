@@ -8,7 +8,7 @@ from typing import Any
 
 from fuyou.core.beside import read_beside, write_beside
 from fuyou.runtime.placing import Decided, Plan
-from fuyou.swap.activations import Placement
+from fuyou.swap.placement import Placement
 
 FILE = "fuyou-plan.json"  # in the first nvme folder
 VERSION = 1

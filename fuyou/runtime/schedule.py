@@ -35,12 +35,14 @@ from fuyou.runtime.measure import StepClock, TemporariesGauge
 from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.placing import Placing
 from fuyou.runtime.state_handle import StateHandle
-from fuyou.swap.activations import KEEP, Autocast, Frame, HookStack
+from fuyou.swap.activations import Frame, HookStack
 from fuyou.swap.book import TensorBook
 from fuyou.swap.gradients import Gradients
 from fuyou.swap.optimizer_state import StateAccess
+from fuyou.swap.placement import KEEP
 from fuyou.swap.snapshot import tensors_in
 from fuyou.swap.stash import Stash
+from fuyou.swap.surroundings import Autocast
 from fuyou.swap.unit import Chunk, Member, Unit
 from fuyou.swap.update import MemberUpdate
 from fuyou.swap.updates import Updates

@@ -11,14 +11,11 @@ autograd graph: nothing that leaves a block otherwise than by its return value i
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,10 +23,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fuyou.core.errors import StateError
 from fuyou.core.phase import phase
 from fuyou.swap.book import Held, TensorBook
+from fuyou.swap.placement import Placement
 from fuyou.swap.results import Giving, Saving
 from fuyou.swap.snapshot import ModuleState, detached, snapshot, tensors_in
 from fuyou.swap.stash import Stash
 from fuyou.swap.stashed import Stashed
+from fuyou.swap.surroundings import Autocast, RandomState
 from fuyou.swap.unit import Unit
 from fuyou.swap.version import Version
 from fuyou.tiers.device import Device
@@ -161,35 +160,6 @@ class SavedIndex:
         self.index = index
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What becomes of what a block's forward saves for its backward.
-
-    `saved`: "keep" on the device, "recompute" from the inputs, or swap to "host" or "nvme". `inputs`, of a block that
-    recomputes: they stay on the "device", or go to "host" or "nvme". `results`: (ordinal of a costly operation, tier); a
-    block that recomputes saves their results too, and skips these operations then; any other one saves them on that tier.
-    """
-
-    saved: str
-    inputs: str = "device"
-    results: tuple[tuple[int, str], ...] = ()
-
-    def __str__(self) -> str:
-        text = {"keep": "kept", "recompute": "recomputed", "host": "on the host", "nvme": "on NVMe"}[self.saved]
-        if self.saved == "recompute" and self.inputs != "device":
-            text += f", inputs on {self.inputs}"
-        return text + (f", {len(self.results)} results apart" if self.results else "")
-
-
-KEEP = Placement("keep")
-# By the names of fuyou.Config; "auto" is "recompute" until the planner decides.
-PLACEMENTS = {
-    "auto": Placement("recompute"),
-    "keep": KEEP,
-    "recompute": Placement("recompute"),
-    "host": Placement("host"),
-    "nvme": Placement("nvme"),
-}
 FETCH_FRAMES = 2  # the one that backward is in, and the one that it comes to next
 
 
@@ -445,50 +415,3 @@ class Frame:
 
     def _device_of(self, versions: list[tuple[torch.Tensor, int]]) -> torch.device:
         return next((tensor.device for tensor, _ in versions if tensor.device.type == "cuda"), torch.device("cpu"))
-
-
-class RandomState:
-    """Python's, numpy's and torch's generators as they are now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._python = random.getstate()
-        self._numpy = numpy.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self.device)
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.restore()
-
-
-class Autocast:
-    """The autocast settings of the CPU and of CUDA as they are now."""
-
-    def __init__(self) -> None:
-        self._settings = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
-        ]
-        self._cache = torch.is_autocast_cache_enabled()
-
-    @property
-    def enabled(self) -> bool:
-        return any(enabled for _, enabled, _ in self._settings)
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self._settings:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
-            yield

@@ -118,7 +118,12 @@ class Stashed:
             self.give_up()
 
     def give_up(self) -> None:
-        """Give everything back, whoever has a claim; nothing is under way. Idempotent."""
+        """Give everything back, whoever has a claim; no thread moves it. Idempotent.
+
+        CUDA: a copy to the device that was queued may still read a lease of the host. Whoever gets the lease next fills it
+        by a copy behind an event of the compute stream, which has joined that copy before this storage was used; and where
+        it has not, nobody reads what is copied. Drives: engines order what overlaps in a file.
+        """
         with self._lock:
             self._drop_device()
             self.where = Where.GONE

@@ -48,6 +48,7 @@ class Swapper:
         self._limit_bytes = limit_bytes
         self._bind = bind
         self._unbind = unbind
+        self._closed = False
         self._lock = threading.RLock()
         self._resident: OrderedDict[Unit, None] = OrderedDict()  # least recently used first
         self._resident_bytes = 0
@@ -77,6 +78,10 @@ class Swapper:
             if unit.residency is not Residency.ABSENT:
                 self._resident.move_to_end(unit)
                 return True
+            if self._closed:
+                raise StateError(
+                    f"The weights of {unit.name} are needed, and the run is closed: run backward before that."
+                )
             # A pinned unit whose weights went stale keeps its memory.
             if unit not in self._resident and not self._take_memory(unit, needed):
                 return False
@@ -150,6 +155,7 @@ class Swapper:
                 self._drop(unit)
 
     def close(self) -> None:
+        self._closed = True
         self.drop_all()
         self._loader.close()
         self._by_storage.clear()

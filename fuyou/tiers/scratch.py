@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
-from fuyou.core.errors import StateError
+from fuyou.core.errors import StateError, StoreError
 from fuyou.core.sizes import align_up
-from fuyou.core.ticket import DONE, Ticket
+from fuyou.core.ticket import Ticket
 from fuyou.tiers.extents import Extent, Part, Slot, Transfer
 from fuyou.tiers.free import FreeRanges
 from fuyou.tiers.shares import UNIT_BYTES
@@ -41,7 +42,7 @@ class Place:
         """Start reading to `address`, behind the write, whose error the ticket raises too."""
         if self._written is None:
             raise StateError(f"{self.nbytes} bytes of scratch on the drives were read before they were written.")
-        return Transfer(self._transfer("read", address, keep), self._written or DONE)
+        return Transfer(self._transfer("read", address, keep), self._written)
 
     def release(self) -> None:
         """Once; idempotent."""
@@ -76,12 +77,19 @@ class Scratch:
                 offset = free.take(size)
                 if offset is not None:
                     return Place(self, index, offset, size, slice_of(extent.slots[0], offset, size))
-            region = max(size, min(self._region_bytes, self._store.room_bytes))
-            extent = self._store.add(region // UNIT_BYTES * UNIT_BYTES, self._category, 1)
+            extent = self._grow(size)
             free = FreeRanges(extent.nbytes)
+            free.take(size)
             self._regions.append((extent, free))
-            offset = free.take(size) or 0
-            return Place(self, len(self._regions) - 1, offset, size, slice_of(extent.slots[0], offset, size))
+            return Place(self, len(self._regions) - 1, 0, size, slice_of(extent.slots[0], 0, size))
+
+    def _grow(self, nbytes: int) -> Extent:
+        """One region more, with room for `nbytes` at least."""
+        region = min(self._region_bytes, self._store.room_bytes) // UNIT_BYTES * UNIT_BYTES
+        if region > nbytes:
+            with contextlib.suppress(StoreError):  # the drives have less than the budget: others write there too
+                return self._store.add(region, self._category, 1)
+        return self._store.add(nbytes, self._category, 1)
 
     def give_back(self, region: int, offset: int, nbytes: int) -> None:
         """Called by Place.release only."""
