@@ -306,7 +306,9 @@ class Run:
             plan=plan, numbers=self._numbers, tiers=self._tiers, ledger=self._ledger, stash=self._stash,
             updates=self._updates, config=config, folder=self._folders[0] if self._folders else None,
         )  # fmt: skip
-        return Auto(deciding, lambda: Profiler(self.device, self._clock.stalled_s))
+        return Auto(
+            deciding, lambda: Profiler(self.device, self._clock.stalled_s, lambda: self._ledger.most_held("device"))
+        )
 
     def _commit(self, step: int) -> Ticket:
         if self._tiers.store is None:

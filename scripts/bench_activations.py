@@ -3,9 +3,9 @@
     python scripts/bench_activations.py FOLDER [--only grid|pipeline|predicted] [--rounds 5] [--steps 2] [--json FILE]
 
 The model's blocks sleep instead of computing (time.sleep releases the GIL, as a GPU would) and save real bytes for their
-backward, which looks at them. Four processes train it under the fixed modes and one under "auto"; they take turns of a
-few steps, and the medians of the turns are compared. A mode that the device's budget cannot hold is left out of its row.
-A slower drive is this one behind a gate that lets so many bytes a second through.
+backward, which looks at samples of them. Four processes train it under the fixed modes and one under "auto"; they take
+turns of a few steps, and the medians of the turns are compared. A mode that the device's budget cannot hold is left out of
+its row. A slower drive is this one behind a gate that lets so many bytes a second through.
 
 The control of a row is the sleeping model without fuyou, and the drive alone, before every round: where one of the two
 moved by more than 10 % (its best and worst turn left out) the row is run once more, and both are printed.
@@ -20,6 +20,8 @@ and in peak bytes a tier; a run under each mode says what it took.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import itertools
 import statistics
 import tempfile
@@ -28,6 +30,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from bench_gpt import VOCABULARY, Gpt
 from bench_sleeper import Remote
@@ -36,6 +39,7 @@ from torch import Tensor, nn
 
 MODES = ("keep", "recompute", "host", "nvme", "auto")
 BLOCKS, SAVED_BYTES = 24, 12 * MIB
+SAMPLE_FLOATS = 16 * 1024  # one in so many is written and looked at, by the core that a GPU would leave free
 FORWARD_S = (0.002, 0.008)  # of a block; its backward takes twice that
 DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
 # Blocks whose activations the device holds beside what a step needs anyway, and host memory. 288 MiB are saved in all.
@@ -55,6 +59,7 @@ REAL_PLACES: dict[str, dict[str, Any]] = {
     "on the drives": {"ram": 320 * MIB},
     "in host memory": {"ram": 3 << 30, "with_nvme": False},
 }
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 TARGET, PIPELINE_TARGET, CONTROL = 1.07, 1.05, 0.10
 
 
@@ -67,15 +72,19 @@ class _Work(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, nbytes: int, forward_s: list[float]) -> Tensor:
         time.sleep(forward_s[0])
-        saved = torch.full((nbytes // 4,), float(x.view(-1)[0]))
-        ctx.save_for_backward(saved, weight)
+        # Numpy's memory, for torch's on a CPU comes anew each time, page by page and cleared: see `keep_the_heap`.
+        memory = numpy.empty(nbytes // 4, numpy.float32)
+        memory[::SAMPLE_FLOATS] = float(
+            x.view(-1)[0]
+        )  # every page is written, by one core: a GPU would take none of them
+        ctx.save_for_backward(torch.from_numpy(memory), weight)
         ctx.forward_s, ctx.expected = forward_s, float(x.view(-1)[0])
         return x + weight.view(-1)[0]
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         saved, weight = ctx.saved_tensors
-        if not (saved[0].item() == saved[saved.numel() // 2].item() == saved[-1].item() == ctx.expected):
+        if not (saved.numpy()[::SAMPLE_FLOATS] == ctx.expected).all():
             raise SystemExit("An activation came back changed.")
         time.sleep(2 * ctx.forward_s[0])
         return gradient, torch.full_like(weight, 1e-3), None, None
@@ -156,6 +165,7 @@ class Contestant:
             model: nn.Module = Gpt(layers=REAL_LAYERS)
             self._batch = torch.randint(VOCABULARY, (setup.rows, setup.tokens))
         else:
+            keep_the_heap()
             model = Model(setup.blocks, setup.nbytes, setup.forward_s)
             self._batch = torch.zeros(1024)
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -191,6 +201,15 @@ class Contestant:
     def close(self) -> None:
         if self.run is not None:
             self.run.close()
+
+
+def keep_the_heap() -> None:
+    """glibc hands a freed range on to the next of its size, as CUDA's caching allocator does, and returns none to the system by
+    itself: the sleeping model stands for a GPU, whose memory is not cleared page by page."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * MIB)
+        libc.mallopt(M_TRIM_THRESHOLD, 1024 * MIB)
 
 
 def put_behind_a_gate(bytes_per_s: float) -> None:

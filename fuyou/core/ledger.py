@@ -30,6 +30,7 @@ class Ledger:
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)
         self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
+        self._most = dict.fromkeys(TIERS, 0)
         # Called in their order before the device's budget refuses, until it fits: discharges something, or returns False.
         self.relievers: list[Callable[[], bool]] = []
 
@@ -95,6 +96,12 @@ class Ledger:
         with self._lock:
             return self._held[tier][category] if category else sum(self._held[tier].values())
 
+    def most_held(self, tier: str) -> int:
+        """The most bytes held at once, the reserve left out, since this was asked last."""
+        with self._lock:
+            most, self._most[tier] = self._most[tier], sum(self._held[tier].values())
+            return most
+
     def room(self, tier: str) -> int:
         with self._lock:
             return self.budgets[tier] - self._total(tier)
@@ -131,7 +138,9 @@ class Ledger:
         self._note_peak(tier)
 
     def _note_peak(self, tier: str) -> None:
-        total = sum(self._held[tier].values()) + self._reserve[tier]
+        held = sum(self._held[tier].values())
+        self._most[tier] = max(self._most[tier], held)
+        total = held + self._reserve[tier]
         if total > self._peak[tier]:
             self._peak[tier] = total
             self._at_peak[tier] = dict(self._held[tier])

@@ -1,39 +1,20 @@
 """What a step costs: seconds, bytes moved, and peak bytes a tier, of any plan on any machine. Numbers in, numbers out.
 
-[Note: cost model] A step is three kinds of work: forward, backward, update. Each keeps five resources busy for some
-seconds: device compute, the link each way, the drives (reads and writes take turns), and host memory, which bounds CPU
-Adam. What a phase of n blocks takes is a pipeline's time, the slowest resource and the others' first and last block:
-
-    phase = max(resources) + (sum(resources) - max(resources)) / n
-
-Where updates run is in `Choice.update`; u is the update's work and f, b are forward's and backward's:
-
-    "step"         phase(f) + phase(b) + phase(u)
-    "backward"     phase(f) + phase(b + u)                         under this backward only, as the Fuyou paper does
-    "deferred"     phase(f + u) + phase(b)                         under the next forward only
-    "speculative"  the least over x of phase(f + x u) + phase(b + (1 - x) u)
-
-and every step has `Machine.tail_s` on top, which nothing hides. "speculative" is, for n → ∞, at least max over resources of
-f + b + u, which no schedule can beat, and equals it where one resource bounds both phases. With accumulation, forward and
-backward come as often, and the update runs under the first forward and the last backward only: it needs the whole gradient.
-
-Without a GPU (`Machine.shared_compute`) compute, Adam and copies use the same cores. Compute and Adam are measured on all of
-them, so their seconds add up; a copy is one core's work, so 1/cores of its seconds is added too.
+Here the work is added up; how long it takes is [Note: cost model] of plan/phases.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fuyou.plan.machine import Machine
+from fuyou.plan.phases import Update, phase_seconds
 
 Action = Literal["keep", "recompute", "host", "nvme"]  # of a saved tensor: on the device, dropped, swapped out
 Place = Literal["device", "host", "nvme"]
-Update = Literal["step", "backward", "deferred", "speculative"]
 RESOURCES = ("compute", "host_to_device", "device_to_host", "nvme", "adam")
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "staging")
 TIERS = ("device", "host", "nvme")
@@ -173,7 +154,8 @@ class Question:
 @dataclass(frozen=True)
 class Prediction:
     """Seconds and bytes of a step. `busy_s`: of each of RESOURCES, over the step. `update_s`: what the update adds to a step
-    that has none. `peak_bytes[tier][category]`: on the device, of one GPU; elsewhere of all."""
+    that has none. `peak_bytes[tier][category]`: on the device, of one GPU; elsewhere of all. `forward_bytes`: activations on
+    the device when forward ends, which is not when most are there where blocks recompute."""
 
     seconds_per_step: float
     forward_s: float
@@ -181,6 +163,7 @@ class Prediction:
     update_s: float
     busy_s: Mapping[str, float]
     peak_bytes: Mapping[str, Mapping[str, int]]
+    forward_bytes: int
     nvme_read_bytes: int
     nvme_write_bytes: int
     host_to_device_bytes: int
@@ -214,6 +197,7 @@ def predict(
         update_s=sum(times) - sum(_times(question, update=False)) if sum(times) < math.inf else math.inf,
         busy_s={name: sum(each[name] for each in busy) for name in RESOURCES},
         peak_bytes=peak_bytes(machine, blocks, choice, traffic),
+        forward_bytes=forward_bytes(blocks, choice),
         nvme_read_bytes=round(sum(each.nvme_read_bytes for each in work)),
         nvme_write_bytes=round(sum(each.nvme_write_bytes for each in work)),
         host_to_device_bytes=round(sum(each.host_to_device_bytes for each in work)),
@@ -235,7 +219,7 @@ def _times(question: Question, *, without: str = "", update: bool = True) -> tup
         {name: 0.0 if name == without else value for name, value in each.seconds(machine).items()}
         for each in (*work[:2], work[2] if update else Work())
     ]
-    return _schedule(question, busy[0], busy[1], busy[2])
+    return phase_seconds(machine, choice.update, choice.accumulation, len(question.blocks), busy[0], busy[1], busy[2])
 
 
 def work_of(
@@ -341,6 +325,23 @@ def peak_bytes(
     return {tier: {name: round(its.get(name, 0)) for name in CATEGORIES} for tier, its in found.items()}
 
 
+def forward_bytes(blocks: Sequence[BlockNumbers], choice: Choice) -> int:
+    """Activations on the device when forward ends: what waits there, and what the last blocks swap, which is on its way."""
+    last = range(max(0, len(blocks) - 1 - choice.in_flight), len(blocks))
+    leaving = sum(
+        item.nbytes
+        for block in last
+        for index, item in enumerate(blocks[block].items)
+        if choice.action(block, index) in ("host", "nvme")
+    )
+    inputs = sum(
+        blocks[block].input_bytes
+        for block in last
+        if needs_input(blocks[block], block, choice) and choice.input_place(block) != "device"
+    )
+    return swapped_bytes(blocks, choice)["device"] + leaving + inputs
+
+
 def _running_bytes(block: BlockNumbers, index: int, choice: Choice) -> int:
     actions = [choice.action(index, item) for item in range(len(block.items))]
     away = sum(
@@ -351,59 +352,3 @@ def _running_bytes(block: BlockNumbers, index: int, choice: Choice) -> int:
     swapped = sum(item.nbytes for item, action in zip(block.items, actions, strict=True) if action in ("host", "nvme"))
     fetched = block.input_bytes if choice.input_place(index) != "device" and "recompute" in actions else 0
     return (away + block.working_bytes) // choice.slices + fetched + choice.in_flight * (swapped + fetched)
-
-
-# --- time -----------------------------------------------------------------------------------------------------------
-
-Busy = Mapping[str, float]  # seconds by resource
-
-
-def _schedule(question: Question, forwards: Busy, backwards: Busy, update: Busy) -> tuple[float, float, float]:
-    """Seconds of (all forwards, all backwards, the update where it has a phase of its own); [Note: cost model]."""
-    times, when = question.choice.accumulation, question.choice.update
-    stages = max(1, len(question.blocks))
-    forward, backward, update = (_shared(question.machine, each) for each in (forwards, backwards, update))
-    forward, backward = ({name: value / times for name, value in each.items()} for each in (forward, backward))
-    if when == "step":
-        return times * _phase(forward, stages), times * _phase(backward, stages), _phase(update, stages)
-    others = [(times - 1) * _phase(each, stages) if times > 1 else 0.0 for each in (forward, backward)]
-
-    def split(share: float) -> tuple[float, float, float]:
-        """With `share` of the update under the first forward, the rest under the last backward."""
-        return (
-            others[0] + _phase(_with(forward, update, share), stages),
-            others[1] + _phase(_with(backward, update, 1 - share), stages),
-            0.0,
-        )
-
-    if when != "speculative":
-        return split(1.0 if when == "deferred" else 0.0)
-    # Both phases are convex and, between the points where another resource becomes the slowest, linear in the share.
-    turns = _crossings(forward, update) | {1 - each for each in _crossings(backward, update)}
-    return min((split(share) for share in sorted({0.0, 1.0} | turns)), key=sum)
-
-
-def _phase(busy: Busy, stages: int) -> float:
-    slowest = max(busy.values())
-    return slowest if slowest == math.inf else slowest + (sum(busy.values()) - slowest) / stages
-
-
-def _shared(machine: Machine, busy: Busy) -> Busy:
-    if not machine.shared_compute:
-        return busy
-    copies = busy["host_to_device"] + busy["device_to_host"]
-    return {**busy, "compute": busy["compute"] + busy["adam"] + copies / machine.cores, "adam": 0.0}
-
-
-def _with(busy: Busy, update: Busy, share: float) -> Busy:
-    return {name: value + share * update[name] for name, value in busy.items()} if share else busy
-
-
-def _crossings(busy: Busy, update: Busy) -> set[float]:
-    """The shares of `update`, between 0 and 1, at which two resources are busy for as long."""
-    found = set()
-    for one, other in itertools.combinations(busy, 2):
-        slope = update[one] - update[other]
-        if slope and math.isfinite(slope):
-            found.add((busy[other] - busy[one]) / slope)
-    return {each for each in found if 0 < each < 1}

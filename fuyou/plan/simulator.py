@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from fuyou.core.sizes import format_bytes
 from fuyou.plan.activations import INPUT_ORDERS, Activations, NoRoom, Room, choose_activations, place_inputs
-from fuyou.plan.cost import TIERS, BlockNumbers, Choice, Place, Prediction, Update, peak_bytes, predict
+from fuyou.plan.cost import TIERS, BlockNumbers, Choice, Place, Prediction, peak_bytes, predict
 from fuyou.plan.machine import Machine
+from fuyou.plan.phases import Update
 from fuyou.plan.shapes import ModelShape, Work, block_numbers
 from fuyou.plan.systems import System
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, PAPER, Traffic, Update
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, PAPER, Traffic
+from fuyou.plan.phases import Update
 from fuyou.plan.planner import CHUNK_ELEMENTS, MANY, SLOT_BLOCKS, WORKING_BYTES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -10,21 +11,24 @@ import torch
 
 from fuyou.core.config import Config
 from fuyou.core.ledger import Ledger
+from fuyou.core.sizes import align_up
 from fuyou.plan.activations import Room, fixed_activations
 from fuyou.plan.candidates import Candidate, Measured, Operation, candidates, numbers_of
-from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic, Update
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic
 from fuyou.plan.explain import explain
 from fuyou.plan.machine import Drive, Machine
+from fuyou.plan.phases import Update
 from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
 from fuyou.runtime.placing import Decided
 from fuyou.runtime.placing import Plan as ActivationPlan
-from fuyou.runtime.profile import BlockProfile
+from fuyou.runtime.profile import BlockProfile, StepProfile
 from fuyou.runtime.remembered import Remembered
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.placement import Placement
 from fuyou.swap.rates import Rates
 from fuyou.swap.stash import Stash
 from fuyou.swap.updates import Updates
+from fuyou.tiers.scratch import REGION_BYTES
 
 MARGIN = 0.05  # of the device's budget that no plan takes: batches of one size do not need the same to the byte
 UNKNOWN_DRAM_BYTES_PER_S = 20e9  # until an update has been timed
@@ -58,19 +62,19 @@ class Deciding:
         """Bytes that could stay on the device now."""
         return self._ledger.room("device") - int(MARGIN * self._ledger.budgets["device"])
 
-    def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
-        """The plans that have room; none where nothing but recomputing has."""
-        measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
+    def decide(self, step: StepProfile) -> list[ActivationPlan]:
+        """The plans that have room; none where nothing but recomputing has. What they are expected to take is what the watched
+        steps took, and by the cost model more or less: what it leaves out, and counts twice where Adam and compute share
+        cores, is in both."""
+        measured = [self._measured(index, step.blocks[index], step.backwards) for index in sorted(step.blocks)]
         self._updates.drain()  # what the drives can do is measured while they do nothing else
         rates = self._stash.rates()
-        found = candidates(
-            self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
-        )
-        held = {tier: its["peak_bytes"] for tier, its in self._ledger.summary().items()}
-        held["nvme"] = self._ledger.held("nvme")
+        machine, choice, traffic = self._machine(rates), self._choice(step.backwards), self._traffic()
         whole = [numbers_of(each) for each in measured]
-        watched = fixed_activations(self._machine(rates), whole, self._choice(backwards), "recompute", self._traffic())
-        return [_plan_of(each, measured, _peaks(each, held, watched.prediction)) for each in found]
+        watched = fixed_activations(machine, whole, choice, "recompute", traffic)
+        machine = replace(machine, tail_s=step.seconds - watched.prediction.seconds_per_step)
+        found = candidates(machine, measured, choice, self._room(measured, rates), traffic)
+        return [_plan_of(each, measured, self._peaks(each.prediction, watched.prediction, step)) for each in found]
 
     def prepare(self, plan: ActivationPlan) -> None:
         """Called before a plan is followed: where it has use for host memory, that is taken now."""
@@ -165,6 +169,22 @@ class Deciding:
             update=_UPDATES[self._config.update], durable=self._plan.through, accumulation=backwards,
         )  # fmt: skip
 
+    def _peaks(self, plan: Prediction, watched: Prediction, step: StepProfile) -> dict[str, int]:
+        """Of each tier: what it held at its peak while everything was recomputed, with other activations."""
+        tiers = self._ledger.summary()
+
+        def more(tier: str) -> int:
+            return plan.peak_bytes[tier]["activations"] - watched.peak_bytes[tier]["activations"]
+
+        # When forward ends all waits, and nothing runs; when the first block's backward has run, less waits.
+        forward = step.forward_bytes + plan.forward_bytes - watched.forward_bytes
+        backward = step.backward_bytes + more("device")
+        return {
+            "device": tiers["device"]["reserve_bytes"] + max(forward, backward),
+            "host": tiers["host"]["peak_bytes"] + more("host"),
+            "nvme": self._ledger.held("nvme") + align_up(more("nvme"), REGION_BYTES),
+        }
+
     def _room(self, measured: Sequence[Measured], rates: Rates) -> Room:
         """Beside what a step held at its peak when everything was recomputed; the inputs it held are the plan's to place."""
         tiers = self._ledger.summary()
@@ -177,16 +197,6 @@ class Deciding:
             nvme_bytes=int(0.95 * self._ledger.room("nvme")) if rates.nvme_read_bytes_per_s else 0,
             swapped_bytes_per_block=free + max((each.input_bytes for each in measured), default=0),
         )
-
-
-def _peaks(candidate: Candidate, held: Mapping[str, int], watched: Prediction) -> dict[str, int]:
-    """Of each tier: what it held at its peak while everything was recomputed, with other activations."""
-    return {
-        tier: held[tier]
-        + candidate.prediction.peak_bytes[tier]["activations"]
-        - watched.peak_bytes[tier]["activations"]
-        for tier in held
-    }
 
 
 def _plan_of(candidate: Candidate, measured: Sequence[Measured], peak_bytes: Mapping[str, int]) -> ActivationPlan:

@@ -1,7 +1,7 @@
 """Where each block's activations go: as Config says, or ("auto") as the cost model and the first steps of a run decide.
 
     steps 1 to 3  everything is recomputed; the machine warms up, the order of blocks is learnt
-    steps 4, 5    the same, and every block is watched: its seconds, then what it saves and its operations (profile.py)
+    steps 4 to 6  the same, and every block is watched: its seconds, then what it saves and its operations (profile.py)
     then          the cost model names the plans that could be the fastest (plan/candidates.py); where it can tell them
                   apart that is all, else each is tried for a few steps, and the one that was fastest stays
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fuyou.plan.candidates import worth_trying
-from fuyou.runtime.profile import BlockProfile, FrameWatch, Profiler
+from fuyou.runtime.profile import FrameWatch, Profiler, StepProfile
 from fuyou.swap.activations import Watch
 from fuyou.swap.placement import Placement
 
@@ -96,7 +96,7 @@ class Fixed:
 class Decider(Protocol):
     """What Auto asks, once for a run."""
 
-    def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[Plan]:
+    def decide(self, step: StepProfile) -> list[Plan]:
         """The plans that have room, the most promising first."""
 
     def prepare(self, plan: Plan) -> None:
@@ -177,14 +177,14 @@ class Auto:
     def end_backward(self) -> None:
         if self._watching is not None:
             self._watching.backward_ends()
-            self._watching.backward_count += not self._watching.counting
 
     def end_step(self, seconds: float) -> None:
         size, self._step_size = self._step_size, 0
         self._steps += 1
         self._recent.append(self._forward_size)
         if self._watching is not None:
-            self._look(self._watching)
+            if self._watching.step_ends(seconds):
+                self._decide(self._watching.read())
         elif self._plan is None:
             if self._steps >= WARM_STEPS:
                 self._watch()
@@ -216,18 +216,12 @@ class Auto:
         self._running_bytes = max(saved_bytes.values(), default=0)
         self._recent.clear()
 
-    def _look(self, watched: Profiler) -> None:
-        """A step has been watched: once more, or decide."""
-        backwards = watched.backward_count
-        if not watched.counting and backwards:
-            watched.counting = True
-            return
+    def _decide(self, step: StepProfile | None) -> None:
         self._watching = None
-        if backwards == 0:
+        if step is None:
             return
-        blocks = watched.read()
-        self._begin({index: each.saved_bytes // backwards for index, each in blocks.items()})
-        self._considered = self._decider.decide(blocks, backwards)
+        self._begin({index: each.saved_bytes // step.backwards for index, each in step.blocks.items()})
+        self._considered = self._decider.decide(step)
         self._plans = self._considered[: worth_trying([(each.name, each.seconds) for each in self._considered])]
         plan = self._plans[0] if self._plans else Plan("recompute", {}, 0.0)
         self._follow(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fuyou.swap.results import Counting, Results
 
+TIMED_STEPS = 2
 Mark = float | torch.cuda.Event
 
 
@@ -59,6 +60,18 @@ class BlockProfile:
     saved_bytes: int = 0
     input_bytes: int = 0
     operations: dict[int, ProfiledOperation] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """A step in which all was recomputed: its blocks, how often backward ran, its seconds, and the most bytes that the device
+    held, torch's temporaries left out, until a block's backward began, and from there on."""
+
+    blocks: Mapping[int, BlockProfile]
+    backwards: int
+    seconds: float
+    forward_bytes: int
+    backward_bytes: int
 
 
 class FrameWatch:
@@ -119,12 +132,17 @@ class FrameWatch:
 
 
 class Profiler:
-    """Collects marks during two steps and adds them up when it is asked: one in which blocks are timed, and, once `counting`
-    is set, one in which what they save is counted and their operations are timed, which makes them slower. `stalled()`:
-    seconds that the training thread has waited so far, which are nobody's compute."""
+    """Collects marks during some steps and adds them up when it is asked: TIMED_STEPS in which blocks are timed, and then, with
+    `counting`, one in which what they save is counted and their operations are timed, which makes them slower.
 
-    def __init__(self, device: torch.device, stalled: Callable[[], float] = lambda: 0.0) -> None:
+    `stalled()`: seconds that the training thread has waited so far, which are nobody's compute. `most_held()`: the most bytes
+    that the device held since it was asked last.
+    """
+
+    def __init__(self, device: torch.device, stalled: Callable[[], float], most_held: Callable[[], int]) -> None:
         self._stalled = stalled
+        self._most_held = most_held
+        self._most_held()
         self.stopwatch = Stopwatch(device)
         self.counting = False
         self.blocks: dict[int, BlockProfile] = {}
@@ -133,31 +151,57 @@ class Profiler:
         self.operations: list[tuple[ProfiledOperation, Mark, Mark]] = []
         self._backwards: list[tuple[BlockProfile, Mark, Mark, float]] = []
         self._backward: tuple[BlockProfile, Mark, float] | None = None
-        self.backward_count = 0
+        self._in_backward = False
+        self._backward_count = 0
+        self._step_s: list[float] = []
+        self._forward_bytes = self._backward_bytes = 0
 
     def of(self, block: int) -> BlockProfile:
         return self.blocks.setdefault(block, BlockProfile())
 
     def backward_begins(self, block: int) -> None:
         """Its weights are there; the block's before it is through."""
-        self.backward_ends()
+        if not self._in_backward and not self.counting:
+            self._forward_bytes = max(self._forward_bytes, self._most_held())
+        self._in_backward = True
+        self._block_ends()
         self._backward = self.of(block), self.stopwatch.mark(), self._stalled()
 
     def backward_ends(self) -> None:
+        self._block_ends()
+        self._in_backward = False
+        if not self.counting:
+            self._backward_count += 1
+            self._backward_bytes = max(self._backward_bytes, self._most_held())
+
+    def step_ends(self, seconds: float) -> bool:
+        """Whether that was the last one to watch."""
+        if self.counting:
+            return True
+        self._step_s.append(seconds)
+        self.counting = len(self._step_s) >= TIMED_STEPS
+        return False
+
+    def _block_ends(self) -> None:
         if self._backward is not None and not self.counting:
             profile, first, stalled_s = self._backward
             self._backwards.append((profile, first, self.stopwatch.mark(), self._stalled() - stalled_s))
         self._backward = None
 
-    def read(self) -> dict[int, BlockProfile]:
-        """Everything added up, once."""
+    def read(self) -> StepProfile | None:
+        """Everything added up, once; None where no backward ran. The quickest step says how long one takes: what else the
+        machine does only adds to it."""
+        steps = len(self._step_s)
+        if not self._backward_count:
+            return None
         seconds = self.stopwatch.seconds
         for profile, first, last in self.forwards:
-            profile.forward_s += seconds(first, last)
+            profile.forward_s += seconds(first, last) / steps
         for profile, first, last in self.recomputations:
-            profile.recompute_s += seconds(first, last)
+            profile.recompute_s += seconds(first, last) / steps
         for profile, first, last, stalled_s in self._backwards:
-            profile.backward_s += max(0.0, seconds(first, last) - stalled_s)
+            profile.backward_s += max(0.0, seconds(first, last) - stalled_s) / steps
         for operation, first, last in self.operations:
             operation.seconds += seconds(first, last)
-        return self.blocks
+        backwards = max(1, round(self._backward_count / steps))
+        return StepProfile(self.blocks, backwards, min(self._step_s), self._forward_bytes, self._backward_bytes)

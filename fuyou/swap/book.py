@@ -7,6 +7,7 @@ import threading
 import torch
 
 from fuyou.core.ledger import Ledger
+from fuyou.tiers.device import empty_bytes
 
 
 class TensorBook:
@@ -30,7 +31,7 @@ class TensorBook:
         elif not self._ledger.try_charge("device", "activations", nbytes):
             return None
         with self._ledger.discharged_on_error("device", "activations", nbytes):
-            tensor = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            tensor = empty_bytes(nbytes, self._device)
         with self._lock:
             self._held[tensor.untyped_storage()._cdata] = (0, nbytes)
         return Held(tensor, self, what)

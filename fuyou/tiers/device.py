@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
@@ -18,6 +19,7 @@ from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
 from fuyou.tiers.pages import Pages
 from fuyou.tiers.worker import Worker
 
+ALIGNMENT_BYTES = 64  # of torch's own tensors on a CPU
 THREAD_COPY_BYTES = 128 << 10  # from here on memcpy takes longer than handing it to a thread
 
 SPIN_CYCLES_PER_S = 1e9  # of torch.cuda._sleep; devices run at 1 to 2 GHz, and a delay need not be exact
@@ -298,6 +300,19 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device={device!r} was asked for and torch sees {count} CUDA devices: use device='cpu' or mend the driver."
         )
     return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+
+
+def empty_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
+    """(nbytes,) uint8 on the device, of whatever content.
+
+    CPU: numpy's memory, not torch's. A freed range is found again for one of the same size and its pages are huge; torch asks
+    with posix_memalign, which before glibc 2.38 passes by what fits exactly, so that every page is new, and cleared first.
+    """
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    memory = numpy.empty(nbytes + ALIGNMENT_BYTES, numpy.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return torch.from_numpy(memory[start : start + nbytes])
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:
