@@ -46,14 +46,15 @@ DRIVES = (None, 0.7e9)  # bytes a second; None: as fast as it is
 BUDGETS = {"tight": (3, 256 * MIB), "half": (11, 256 * MIB), "all": (24, 384 * MIB)}
 WORKING_BYTES = 100 * MIB  # what fuyou insists on, and slots
 SETTLING_STEPS = 22  # of "auto", until it has tried what it wants to try
+PREDICTING_STEPS = 7  # until it has said what it expects
 REAL_LAYERS = 8
 # (rows, tokens, where the state is, bytes of the device): where all can be kept nothing else is predicted.
 REAL_SETTINGS = (
     (4, 128, "on the drives", 2 << 30),
-    (16, 128, "on the drives", 3 << 30),
-    (16, 128, "on the drives", 800 * MIB),
-    (16, 128, "in host memory", 800 * MIB),
-    (8, 256, "on the drives", 900 * MIB),
+    (8, 128, "on the drives", 2 << 30),
+    (8, 128, "on the drives", 560 * MIB),
+    (8, 128, "in host memory", 560 * MIB),
+    (4, 256, "on the drives", 600 * MIB),
 )
 REAL_PLACES: dict[str, dict[str, Any]] = {
     "on the drives": {"ram": 320 * MIB},
@@ -248,6 +249,7 @@ def run_row(
     steps: int,
     gauge: DriveGauge,
     kind: Any = Setup,
+    settling: int = SETTLING_STEPS,
 ) -> dict:
     """{mode: {step_s, turns, …}, "moved": …} of one setting."""
     with tempfile.TemporaryDirectory(dir=folder) as inside:
@@ -267,7 +269,7 @@ def run_row(
                 for mode, remote in remotes.items():
                     if mode in refused:
                         continue
-                    warmup = 1 if number else SETTLING_STEPS if mode == "auto" else 2
+                    warmup = 1 if number else settling if mode == "auto" else 2
                     turn = remote.turn(steps, warmup)
                     if isinstance(turn, str):
                         refused[mode] = turn
@@ -356,7 +358,7 @@ def predicted(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[
     rows = []
     for rows_count, tokens, place, gpu in REAL_SETTINGS:
         base = {"rows": rows_count, "tokens": tokens, "gpu": gpu, **REAL_PLACES[place]}
-        row = run_row(folder, base, MODES, args.rounds, args.steps, gauge, RealSetup)
+        row = run_row(folder, base, MODES, args.rounds, args.steps, gauge, RealSetup, PREDICTING_STEPS)
         considered = row["auto"]["plan"]["considered"]
         for mode in MODES[:-1]:
             if mode not in row or mode not in considered:

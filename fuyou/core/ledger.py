@@ -153,5 +153,6 @@ class Ledger:
             f"The {tier} budget {argument}={format_bytes(budget)} is {format_bytes(needed - budget)} "
             f"({needed - budget} bytes) short: {format_bytes(nbytes)} of {category}{' for ' + what if what else ''} "
             f"on top of {held or 'nothing'}{reserve} need {format_bytes(needed)} ({needed} bytes). No update had begun: "
-            f"give {argument} at least {needed} bytes, or take a smaller batch or shorter sequences."
+            f"give {argument} at least {needed} bytes, or take a smaller batch or shorter sequences"
+            + (", or run blocks on some rows of it at a time: Config(micro_batch=…)." if tier == "device" else ".")
         )
