@@ -34,7 +34,8 @@ SMALLEST_BYTES = 64 << 10  # a smaller storage stays: moving it costs more than 
 
 
 class Stash:
-    """Takes storages off the device and brings them back, `piece_bytes` at a time.
+    """Takes storages off the device and brings them back: those that the host has room for whole, else `piece_bytes` at a
+    time.
 
     `pool`: host memory for what stays there. `scratch`: room on the drives, through `buffers` of `piece_bytes`. What has
     neither stays on the device. `stall`: entered while the training thread waits.
@@ -148,7 +149,10 @@ class Stash:
         self._coming = deque(each for each in self._coming if each.where is Where.COMING)
 
     def bring(self, stashed: Stashed) -> None:
-        self._worker("in").submit(lambda: self._bring(stashed), f"bringing {stashed.what} back")
+        if any(isinstance(piece.home, Place) for piece in stashed.pieces):
+            self._worker("in").submit(lambda: self._bring(stashed), f"bringing {stashed.what} back")
+        else:
+            self._bring(stashed)  # nothing to read: it goes to the landing thread at once
         self._coming.append(stashed)
 
     def forget(self, stashed: Stashed) -> None:
@@ -175,6 +179,10 @@ class Stash:
             self._buffers.close()
 
     def _homes(self, nbytes: int, tier: str) -> list[Piece] | None:
+        if tier == "host" and self._pool is not None:
+            whole = self._pool.try_lease(nbytes, "activations")
+            if whole is not None:
+                return [Piece(0, nbytes, whole)]
         pieces: list[Piece] = []
         with contextlib.ExitStack() as undo:
             for offset in range(0, nbytes, self._piece_bytes):
@@ -263,7 +271,8 @@ class Stash:
                 self._buffers.put(buffer, moves)
 
     def _bring(self, stashed: Stashed) -> None:
-        """Thread "in": starts reads, as many as there are buffers; thread "landing" takes them to the device in order."""
+        """Thread "in", or the training thread where nothing is on the drives: starts reads, as many as there are buffers; thread
+        "landing" takes them to the device in order."""
         if not stashed.claim():
             return
         landing = self._worker("landing")
