@@ -138,7 +138,9 @@ class Run:
                 unit.pack(named, self._tiers.races)
                 homes.give(index, unit, self._tiers.resident)
             self._make_movers(planned.plan, config, planned.blocks)
+            self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
             self._fill(passed)
+            self._ledger.discharge("host", "staging", planned.import_bytes)
             undo.pop_all()
         try:
             self._install()

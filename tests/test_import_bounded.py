@@ -96,7 +96,7 @@ def check_export(folder: Path, tensors: list[Drawn]) -> None:
     ],
 )
 def test_import_and_export_stay_within_the_budgets(tmp_path, nvme, size, ram, tied, sharded):
-    tiny = transformers.LlamaConfig(**{**size, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1})
+    tiny = transformers.LlamaConfig(**{**size, "vocab_size": 64, "hidden_size": 96, "num_hidden_layers": 1})
     make_model(tmp_path / "small", tiny, 10**9)
     configuration = transformers.LlamaConfig(**size, tie_word_embeddings=tied)
     tensors = make_model(

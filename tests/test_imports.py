@@ -23,7 +23,7 @@ from torch import nn
 
 import fuyou
 from fuyou.checkpoint.imports import import_pretrained, in_short
-from fuyou.checkpoint.stored import Stored, value_of
+from fuyou.checkpoint.stored import Stored, converted_bytes, value_of
 from fuyou.core.errors import ConfigError
 
 BUDGETS: dict[str, Any] = {"ram": "8MiB", "gpu": "128MiB", "device": "cpu"}
@@ -261,6 +261,7 @@ def test_a_new_head_is_refused_unless_it_is_named(tmp_path, nvme):
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds adapters"),
         (lambda folder: configure(folder, quantization_config={"quant_method": "fp8"}), "are quantized"),
         (lambda folder: configure(folder, transformers_weights="other.safetensors"), "file of another name"),
+        (lambda folder: configure(folder, intermediate_size=2**22, num_hidden_layers=512), "[0-9,]+ numbers, .* not of that"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: shutil.rmtree(folder), "does not exist"),
         (lambda folder: configure(folder, auto_map={"AutoConfig": "mine.Mine"}, model_type="mine"), "runs no code"),
@@ -457,3 +458,27 @@ def test_nothing_has_changed_when_it_is_refused(tmp_path, nvme):
     with fuyou.wrap(model, optimizer, nvme, weights=folder, ram=refused.value.needed_bytes, gpu="128MiB", device="cpu"):
         pass
     same(model, transformers.AutoModelForCausalLM.from_pretrained(folder))
+
+
+# --- what is computed whole ---------------------------------------------------------------------------------------
+
+
+def test_what_is_converted_whole_has_its_room_in_the_budget(tmp_path, nvme, monkeypatch):
+    """Experts whose runs are too short to be read one by one."""
+    folder = tmp_path / "m"
+    torch.manual_seed(0)
+    values = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**values)).save_pretrained(folder)
+    monkeypatch.setattr("fuyou.checkpoint.stored._SHORTEST_RUN_BYTES", 2**30)
+    largest = 4 * 2 * 48 * 32 * 4  # bytes of the gates of a layer's experts
+    whole = 3 * largest  # what they are made of, the result and one on the way
+    imported = import_pretrained(folder).model
+    assert converted_bytes(imported) == whole
+    with pytest.raises(fuyou.BudgetError) as short:
+        fuyou.wrap(imported, adamw(imported), nvme, ram=1, gpu="128MiB", device="cpu")
+    with fuyou.wrap(
+        imported, adamw(imported), nvme, ram=short.value.needed_bytes + whole, gpu="128MiB", device="cpu"
+    ) as run:
+        host = run.report().dict()["tiers"]["host"]
+        assert whole < host["peak_bytes"] <= host["budget_bytes"]
+    same(imported, transformers.AutoModelForCausalLM.from_pretrained(folder))

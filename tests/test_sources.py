@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,8 @@ MADE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "computed": lambda t: t["a"] * 2 + t["b"],
     "beside one in memory": lambda t: torch.cat([t["a"], torch.ones(4, 1, 5)], dim=1),
     "unbound": lambda t: t["a"].unbind(1)[2],
+    "bits": lambda t: t["a"].view(torch.int32),
+    "by keyword": lambda t: torch.stack(tensors=[t["a"], t["b"]], dim=1),
     "two dtypes": lambda t: torch.cat([t["a"], t["half"]]),
 }
 
@@ -77,7 +81,7 @@ def test_what_keeps_runs_together_is_read_in_pieces(both):
     there, _ = both
     whole = {name for name, make in MADE.items() if make(there).source.whole_bytes}
     assert whole == {
-        "transposed", "transposed stack", "some of it", "computed", "beside one in memory", "unbound", "two dtypes",
+        "transposed", "transposed stack", "some of it", "computed", "beside one in memory", "unbound", "bits", "two dtypes",
     }  # fmt: skip
     for name, make in MADE.items():
         if name not in whole:
@@ -104,6 +108,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     "replaced": lambda p: setattr(p, "data", torch.ones(4, 6, 5)),
     "read through data": lambda p: p.data.norm(),
     "under grad": lambda p: (p * 2).sum(),
+    "converted": lambda p: nn.ParameterList([p]).double(),
 }
 
 
@@ -135,5 +140,15 @@ def test_what_needs_no_bytes_reads_none(both, tmp_path):
     assert parameter.numel() == 120 and parameter.requires_grad and parameter.grad is None and parameter.is_leaf
     assert torch.zeros_like(parameter).shape == parameter.shape and len({parameter, layer.weight}) == 1
     torch.optim.AdamW(layer.parameters(), fused=True)
+    layer.bias = None
+    layer.to("cpu", torch.float32).float().cpu()  # what it is already
     parameter.requires_grad_(False)
     assert isinstance(layer.weight, Stored) and not parameter.requires_grad
+
+
+def test_copies_have_the_values(both):
+    there, loaded = both
+    for kind in (copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+        ours, plain = nn.Parameter(there["a"]), nn.Parameter(loaded["a"])
+        found = kind(ours)
+        assert type(found) is nn.Parameter and found is not ours and torch.equal(found, plain)

@@ -6,6 +6,7 @@ conversions, ties, buffers that are computed and what may be missing are its own
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import os
 import re
@@ -27,6 +28,7 @@ from fuyou.checkpoint.transformers_folder import (
 )
 from fuyou.checkpoint.weight_files import open_weights
 from fuyou.core.errors import ConfigError
+from fuyou.runtime.measure import free_host_bytes
 
 _ADAPTER = "adapter_config.json"
 
@@ -77,6 +79,7 @@ def import_pretrained(
             raise ConfigError(
                 f"Model {name} keeps its weights in a file of another name (transformers_weights): rename it."
             )
+        _refuse_another_size(name, model_class, configuration, tensors.values())
         with quiet(transformers):
             model, info = model_class.from_pretrained(
                 None, config=configuration, state_dict=tensors, dtype=dtype or "auto", output_loading_info=True,
@@ -176,6 +179,20 @@ def _class_of(path: Path, model_class: Any, transformers: Any) -> tuple[Any, Any
     if not isinstance(configuration, type(chosen.config)):  # the text model of one for texts and images
         configuration = configuration.get_text_config()
     return type(chosen), configuration
+
+
+def _refuse_another_size(name: str, model_class: Any, configuration: Any, tensors: Iterable[Stored]) -> None:
+    """ConfigError where the files hold so much less than the model that to draw the rest at random, as transformers does
+    before it says what was missing, would take more memory than there is."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = model_class(copy.deepcopy(configuration))
+    wanted = sum(each.numel() for each in model.parameters())
+    there = sum(each.numel() for each in tensors)
+    if 4 * (wanted - there) > free_host_bytes():
+        raise ConfigError(
+            f"The weights in {name} hold {there:,} numbers, and the model in its config.json has {wanted:,}: they are not of "
+            "that model, or not all of them are there. Copy or download the model again."
+        )
 
 
 def _read_buffers(model: nn.Module) -> None:

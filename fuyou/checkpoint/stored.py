@@ -13,6 +13,7 @@ without bytes, and knows its source. Two kinds of use:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,12 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fuyou.checkpoint.sources import Cast, FileRange, Joined, Part, Source, Whole, read_whole
 from fuyou.checkpoint.weight_files import WeightsFile
-from fuyou.core.metadata import is_metadata
+from fuyou.core.metadata import converts_nothing, is_metadata
 from fuyou.swap.unit import Member
 
-_SAME_ELEMENTS = frozenset(
-    "detach contiguous clone reshape view flatten unflatten squeeze unsqueeze to float bfloat16 half double type".split()
-)
+_CASTS = frozenset("to float bfloat16 half double type".split())
+_SAME_ELEMENTS = frozenset("detach contiguous clone reshape view flatten unflatten squeeze unsqueeze".split())
 _SHORTEST_RUN_BYTES = 4096  # below, single reads of runs cost more than the whole
 _COMPARED_ELEMENTS = 1 << 18
 
@@ -48,10 +48,20 @@ class Stored(torch.Tensor):
         if func is torch.equal and len(found) == 2:
             return _equal(*found)
         if any(isinstance(each, nn.Parameter) for each in found) or _changes(func, kwargs):
+            if _leaves_as_is(func, args, kwargs):
+                return None if func.__name__ == "__set__" else args[0]
             for each in found:
                 _read_for_good(each)
             return func(*args, **kwargs)
         return _derived(func, args, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        _read_for_good(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _read_for_good(self)
+        return self.__reduce_ex__(protocol)
 
 
 def stored(source: Source, shape: torch.Size | tuple[int, ...]) -> Stored:
@@ -116,11 +126,15 @@ def _derived(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _source(func: Callable, args: tuple, kwargs: dict, result: torch.Tensor) -> Source:
-    name, first = func.__name__, args[0]
-    if name == "__getitem__" and args[1] is Ellipsis or name in _SAME_ELEMENTS:
-        return first.source if first.dtype is result.dtype else Cast(first.source, result.dtype)
+    name, first = func.__name__, args[0] if args else None
+    if isinstance(first, Stored):
+        same = name == "__getitem__" and args[1] is Ellipsis or name in _SAME_ELEMENTS or name in _CASTS
+        if same and first.dtype is result.dtype:
+            return first.source
+        if name in _CASTS:
+            return Cast(first.source, result.dtype)
     if name in ("cat", "concat", "stack"):
-        joined = kwargs.get("tensors", first)
+        joined = args[0] if args else kwargs["tensors"]
         rows = math.prod(result.shape[: _dimension(args, kwargs, 1, result.dim())])
         sources = [_source_of(each) for each in joined]
         if len({source.dtype for source in sources}) == 1 and _long_runs(sources, rows):
@@ -129,7 +143,7 @@ def _source(func: Callable, args: tuple, kwargs: dict, result: torch.Tensor) -> 
 
 
 def _split(func: Callable, args: tuple, kwargs: dict, results: list[torch.Tensor]) -> Iterator[Stored]:
-    if func.__name__ not in ("chunk", "split"):
+    if func.__name__ not in ("chunk", "split") or not (args and isinstance(args[0], Stored)):
         for index, result in enumerate(results):
             whole = _whole(lambda index=index: _computed(func, args, kwargs)[index], args, kwargs, result)  # type: ignore[misc]
             yield stored(whole, result.shape)
@@ -173,6 +187,15 @@ def _without_bytes(each: Any) -> Any:
     if not isinstance(each, torch.Tensor):
         return each
     return torch.empty(each.shape, dtype=each.dtype, device="meta")
+
+
+def _leaves_as_is(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """A conversion to what the parameter is already, and the `.data = itself` that Module.to makes of one."""
+    if not args or not isinstance(args[0], Stored):
+        return False
+    if func.__name__ == "__set__":
+        return args[1] is args[0]
+    return converts_nothing(func, torch.empty((), dtype=args[0].dtype), args, kwargs)
 
 
 def _changes(func: Callable, kwargs: dict) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 # Property reads that need the bytes; every other property is metadata. Likewise methods and functions that need none.
 VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
@@ -13,6 +14,8 @@ _METADATA = frozenset(
     zeros_like empty_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
     new_tensor new_empty_strided __dir__ _has_compatible_shallow_copy_type""".split()
 )
+# Change nothing where a tensor is what they ask for already: Module.to, which every client calls.
+_CONVERSIONS = frozenset({"to", "cpu", "cuda", "float", "bfloat16", "half", "double", "contiguous"})
 
 
 def attribute_of(function: Callable) -> str:
@@ -26,3 +29,10 @@ def is_metadata(function: Callable) -> bool:
     """A call of `function` needs no bytes."""
     attribute = attribute_of(function)
     return attribute not in VALUE_PROPERTIES if attribute else function.__name__ in _METADATA
+
+
+def converts_nothing(function: Callable, like: Any, args: tuple, kwargs: dict) -> bool:
+    """A conversion that gives the tensor itself back, told from a small tensor of its dtype and device."""
+    if function.__name__ not in _CONVERSIONS or "memory_format" in kwargs:
+        return False
+    return function(like, *args[1:], **kwargs) is like

@@ -25,15 +25,13 @@ from torch import nn
 
 from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.ledger import Ledger
-from fuyou.core.metadata import attribute_of, is_metadata
+from fuyou.core.metadata import attribute_of, converts_nothing, is_metadata
 from fuyou.core.sizes import format_bytes
 from fuyou.swap.activations import HookStack
 from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member, Unit
 from fuyou.swap.weights import Swapper
 
-# Conversions, which change nothing where a parameter is what they ask for: Module.to, which every client calls.
-_CONVERSIONS = frozenset({"to", "cpu", "cuda", "float", "bfloat16", "half", "double", "contiguous"})
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
 
@@ -140,9 +138,8 @@ class Away:
                 "accelerator.prepare(model, run.optimizer), configure_optimizers returning run.optimizer)."
             )
         members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
-        if function.__name__ in _CONVERSIONS and args[0] is members[0].parameter and len(members) == 1:
-            like = members[0].unit.placeholder  # of its dtype and device
-            if "memory_format" not in kwargs and function(like, *args[1:], **kwargs) is like:
+        if len(members) == 1 and args[0] is members[0].parameter:
+            if converts_nothing(function, members[0].unit.placeholder, args, kwargs):
                 return args[0]
         writes_data = attribute == "data" and function.__name__ == "__set__"
         if writes_data:

@@ -42,6 +42,7 @@ class Planned:
     gpu_bytes: int
     nvme_limit_bytes: int
     buffer_bytes: int  # of the model's buffers, which stay on the device
+    import_bytes: int  # of host memory, while weights are taken home
 
 
 def plan_run(
@@ -83,7 +84,9 @@ def plan_run(
         records = overhead_bytes(plan.committed, plan.committed * plan.state_slots * len(folders))
         plan = replace(plan, nvme_bytes=plan.nvme_bytes + records)
     refuse_without_room(plan.nvme_bytes, limit, rooms)
-    return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
+    return Planned(
+        target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers, import_bytes
+    )
 
 
 def _folders(nvme: Any) -> list[str]:

@@ -176,10 +176,14 @@ def _fill_chunk(
     states: dict[Member, dict[str, torch.Tensor]],
     values: Values,
 ) -> None:
-    """All of the chunk's bytes into the views of `staging`: weights, and state where that is staged."""
-    for view in staging.views:
+    """All of the chunk's bytes into the views of `staging`: weights, and state where that is staged; zeros between them."""
+    for view in staging.views[1:]:
         view.zero_()
-    weights = staging.views[0].view(chunk.unit.dtype)
+    weights, end = staging.views[0].view(chunk.unit.dtype), 0
+    for _, first, last in chunk.parts:
+        weights[end : first - chunk.start].zero_()
+        end = last - chunk.start
+    weights[end:].zero_()
     for member, first, last in chunk.parts:
         at = slice(first - chunk.start, last - chunk.start)
         source = slice(first - member.entry.start, last - member.entry.start)
