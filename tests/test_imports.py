@@ -331,6 +331,22 @@ def test_a_weight_that_is_used_before_wrap_is_an_ordinary_one(tmp_path, nvme):
     same(run.model, expected)
 
 
+def test_a_file_that_becomes_shorter_leaves_nothing_behind(tmp_path, nvme):
+    folder = llama(tmp_path / "m")
+
+    def spoil(model: nn.Module) -> torch.optim.Optimizer:
+        os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+        return adamw(model)
+
+    files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(fuyou.StorageIOError, match="shorter while it was read"):
+        fuyou.load_pretrained(folder, spoil, nvme, **BUDGETS)
+    gc.collect()
+    assert list(nvme.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == files
+    with fuyou.load_pretrained(llama(tmp_path / "again"), nvme=nvme, **BUDGETS):
+        pass
+
+
 def test_files_are_closed_and_the_tokenizer_travels(tmp_path, nvme):
     source = jobs.make_inputs(tmp_path) / "m"
     gc.collect()

@@ -138,7 +138,7 @@ class Away:
                 "accelerator.prepare(model, run.optimizer), configure_optimizers returning run.optimizer)."
             )
         members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
-        if len(members) == 1 and args[0] is members[0].parameter:
+        if len(members) == 1 and args and args[0] is members[0].parameter:
             if converts_nothing(function, members[0].unit.placeholder, args, kwargs):
                 return args[0]
         writes_data = attribute == "data" and function.__name__ == "__set__"
