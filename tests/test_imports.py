@@ -467,6 +467,9 @@ def test_nothing_has_changed_when_it_is_refused(tmp_path, nvme):
         fuyou.wrap(model, optimizer, nvme, weights=folder, **BUDGETS)
     with pytest.raises(ConfigError, match="weights=folder"):
         fuyou.wrap(model, optimizer, nvme, **BUDGETS)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(llama(tmp_path / "loaded"))
+    with pytest.raises(ConfigError, match="has its values already"):
+        fuyou.wrap(loaded, adamw(loaded), nvme, weights=folder, **BUDGETS)
     after = tensors_of(model)
     assert all(after[name] is tensor and tensor.is_meta for name, tensor in before.items())
     assert all(type(each) is nn.Parameter for each in model.parameters()) and optimizer.param_groups[0]["params"]

@@ -14,6 +14,7 @@ from fuyou.checkpoint.imports import import_pretrained, refuse_other_weights
 from fuyou.checkpoint.sources import Cast
 from fuyou.checkpoint.stored import Stored, stored, tensors_of, value_of
 from fuyou.checkpoint.weight_files import open_weights
+from fuyou.core.errors import ConfigError
 
 Undo = Callable[[], None]
 
@@ -26,18 +27,13 @@ def give_weights(model: nn.Module, folder: str | os.PathLike[str]) -> Undo:
     Raises ConfigError, with nothing changed, for what is missing, has no place or another shape, naming all of it.
     """
     inner = unwrapped(model)
+    if not any(parameter.is_meta for parameter in inner.parameters()):
+        raise ConfigError(
+            f"weights={str(folder)!r} are for a model on the meta device, and every parameter of this {type(model).__name__} "
+            "has its values already: leave weights out."
+        )
     found, strict = _tensors_for(inner, folder)
-    aliases: dict[Any, list[str]] = {}  # of each parameter and buffer
-    wanted: dict[Any, tuple[nn.Module, str, torch.Tensor]] = {}  # what is on the meta device, and persistent buffers
-    for prefix, module in inner.named_modules(remove_duplicate=False):
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            is_buffer = name in module._buffers
-            key = (id(module), name) if is_buffer else id(tensor)  # tied parameters are one object
-            aliases.setdefault(key, []).append(_plain(f"{prefix}.{name}" if prefix else name))
-            if tensor.is_meta or (is_buffer and name not in module._non_persistent_buffers_set):
-                wanted[key] = module, name, tensor
+    aliases, wanted = _survey(inner)
     chosen = {key: next((name for name in aliases[key] if name in found), None) for key in wanted}
     known = {name for names in aliases.values() for name in names}
     refuse_other_weights(
@@ -63,6 +59,23 @@ def give_weights(model: nn.Module, folder: str | os.PathLike[str]) -> Undo:
             undo.pop()()
 
     return take_back
+
+
+def _survey(model: nn.Module) -> tuple[dict[Any, list[str]], dict[Any, tuple[nn.Module, str, torch.Tensor]]]:
+    """(all names of each parameter and buffer; (module, name there, tensor) of what is on the meta device, and of persistent
+    buffers). Tied parameters are one object, and have one key."""
+    aliases: dict[Any, list[str]] = {}
+    wanted: dict[Any, tuple[nn.Module, str, torch.Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            is_buffer = name in module._buffers
+            key = (id(module), name) if is_buffer else id(tensor)
+            aliases.setdefault(key, []).append(_plain(f"{prefix}.{name}" if prefix else name))
+            if tensor.is_meta or (is_buffer and name not in module._non_persistent_buffers_set):
+                wanted[key] = module, name, tensor
+    return aliases, wanted
 
 
 def _plain(name: str) -> str:
