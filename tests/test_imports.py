@@ -178,7 +178,8 @@ def test_architectures_are_imported_as_from_pretrained_loads_them(tmp_path, name
     assert imported.unused == sorted(info["unexpected_keys"])
     assert torch.rand(()).item() == _after(1, type(model), tmp_path)
     still = [each for each in imported.model.parameters() if isinstance(each, Stored)]
-    assert sum(each.numel() for each in still) > 0.8 * sum(each.numel() for each in expected.parameters())
+    share = 0.4 if name == "Encodec" else 0.8  # weight norm, which transformers computes with while it loads, is read
+    assert sum(each.numel() for each in still) > share * sum(each.numel() for each in expected.parameters())
     found, wanted = tensors_of(imported.model), tensors_of(expected)
     assert list(found) == list(wanted)
     for key, tensor in wanted.items():

@@ -137,6 +137,7 @@ def test_what_needs_no_bytes_reads_none(both, tmp_path):
     layer = nn.Linear(2, 2)
     layer.weight = parameter
     assert parameter.shape == (4, 6, 5) and parameter.dtype is torch.float32 and parameter.device.type == "cpu"
+    assert parameter.is_contiguous() and parameter.stride() == (30, 5, 1) and parameter.stride(0) == 30
     assert parameter.numel() == 120 and parameter.requires_grad and parameter.grad is None and parameter.is_leaf
     assert torch.zeros_like(parameter).shape == parameter.shape and len({parameter, layer.weight}) == 1
     torch.optim.AdamW(layer.parameters(), fused=True)

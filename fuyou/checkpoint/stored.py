@@ -29,6 +29,7 @@ from fuyou.swap.unit import Member
 
 _CASTS = frozenset("to float bfloat16 half double type".split())
 _SAME_ELEMENTS = frozenset("detach contiguous clone reshape view flatten unflatten squeeze unsqueeze".split())
+_LAYOUT = frozenset({"is_contiguous", "stride"})  # of the tensor to come: a placeholder has all its strides 0
 _SHORTEST_RUN_BYTES = 4096  # below, single reads of runs cost more than the whole
 _COMPARED_ELEMENTS = 1 << 18
 
@@ -41,6 +42,8 @@ class Stored(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func.__name__ in _LAYOUT and args:
+            return func(_without_bytes(args[0]), *args[1:], **kwargs)
         if is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
