@@ -21,6 +21,7 @@ from fuyou.report import Report
 
 if TYPE_CHECKING:
     from fuyou.api import Run, wrap
+    from fuyou.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,14 +37,16 @@ __all__ = [
     "StateError",
     "StorageIOError",
     "StoreError",
+    "load_pretrained",
     "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`wrap` and `Run` bring torch, 200 MB and seconds: `fuyou launch`, which waits beside a training script for its whole
-    life, and a command that is refused do without."""
-    if name in ("Run", "wrap", "api"):
-        api = importlib.import_module("fuyou.api")
-        return api if name == "api" else getattr(api, name)
+    """`wrap`, `Run` and `load_pretrained` bring torch, 200 MB and seconds: `fuyou launch`, which waits beside a training
+    script for its whole life, and a command that is refused do without."""
+    if name in ("api", "pretrained"):
+        return importlib.import_module(f"fuyou.{name}")
+    if name in ("Run", "wrap", "load_pretrained"):
+        return getattr(importlib.import_module("fuyou.pretrained" if name == "load_pretrained" else "fuyou.api"), name)
     raise AttributeError(f"module 'fuyou' has no attribute {name!r}")

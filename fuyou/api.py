@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuyou.checkpoint.export import MemoryTensor, TensorSource
-from fuyou.checkpoint.pretrained import export_pretrained
+from fuyou.checkpoint.export import SHARD_BYTES, MemoryTensor, TensorSource
+from fuyou.checkpoint.meta_model import give_weights
+from fuyou.checkpoint.pretrained import copy_tokenizer, export_pretrained
 from fuyou.checkpoint.source import MemberSource
+from fuyou.checkpoint.stored import converted_bytes, let_go, parts_of
 from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, DeadlineError, StateError
-from fuyou.core.sizes import format_bytes
+from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.core.ticket import Ticket
 from fuyou.plan.planner import Plan
 from fuyou.report import Report
@@ -57,6 +59,8 @@ def wrap(
     gpu: int | str | None = None,
     device: str | torch.device | None = None,
     config: Config | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Train `model` with `optimizer` (torch.optim.AdamW or Adam) within these budgets; the training loop does not change.
 
@@ -65,6 +69,8 @@ def wrap(
     free; on a CPU device that is split between the two, and `gpu` covers what a GPU would hold). device: None takes
     cuda where there is one. What is left out is first looked for in the environment, where `fuyou launch` puts it
     (FUYOU_NVME, FUYOU_NVME_LIMIT, FUYOU_RAM, FUYOU_GPU, FUYOU_DEVICE); nvme left out and not there is None.
+    weights: of a model on the meta device, in whole or in part, the folder whose safetensors files are streamed to where
+    the budgets have room: nothing else of it is ever in memory.
 
     The model is instrumented in place: its classes, names and state_dict keys stay. Use the result as a context manager,
     and `run.optimizer` in place of `optimizer`.
@@ -81,7 +87,16 @@ def wrap(
     if is_wrapped(model):
         raise ConfigError("This model is wrapped already: close that run first (run.close()), then wrap again.")
     nvme, nvme_limit, ram, gpu, device = places(nvme, nvme_limit, ram, gpu, device)
-    return Run(model, optimizer, plan_run(model, optimizer, nvme, nvme_limit, ram, gpu, device, config), config)
+    with contextlib.ExitStack() as undo:
+        if weights is not None:
+            undo.callback(give_weights(model, weights))
+        planned = plan_run(
+            model, optimizer, nvme, nvme_limit, ram, gpu, device, config, import_bytes=converted_bytes(model)
+        )
+        run = Run(model, optimizer, planned, config)
+        undo.pop_all()
+    run.origin = weights
+    return run
 
 
 class Run:
@@ -90,6 +105,7 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     device: torch.device
+    origin: str | os.PathLike[str] | None = None  # the folder that the weights came from, where they came from one
 
     def __init__(
         self,
@@ -122,7 +138,9 @@ class Run:
                 unit.pack(named, self._tiers.races)
                 homes.give(index, unit, self._tiers.resident)
             self._make_movers(planned.plan, config, planned.blocks)
+            self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
             self._fill(passed)
+            self._ledger.discharge("host", "staging", planned.import_bytes)
             undo.pop_all()
         try:
             self._install()
@@ -176,16 +194,26 @@ class Run:
             "notes": list(self._tiers.notes),
         })  # fmt: skip
 
-    def save_pretrained(self, folder: str | os.PathLike[str], merge_adapters: bool = False) -> None:
-        """Write the weights (the compute copy, in the parameters' dtype) and the model's config to `folder` in Hugging
-        Face's layout; of a model with PEFT adapters these alone, in PEFT's layout, or with `merge_adapters` the whole
-        model with them added (LoRA). Streams: host memory is that of a few chunks. Raises StoreError where the disk has
-        no room, ConfigError for adapters that cannot be merged."""
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        merge_adapters: bool = False,
+        max_shard_size: int | str = SHARD_BYTES,
+    ) -> None:
+        """Write the weights (the compute copy, in the parameters' dtype) and the model's configs to `folder` in Hugging
+        Face's layout, in files of at most `max_shard_size` and an index where there are several; the tokenizer too where
+        the run was made from a folder (`load_pretrained`, `wrap(weights=)`). Of a model with PEFT adapters these alone, in
+        PEFT's layout, or with `merge_adapters` the whole model with them added (LoRA). Streams: host memory is that of a
+        few chunks. Raises StoreError where the disk has no room, ConfigError for adapters that cannot be merged."""
         self.settle()
-        self._export(folder, merge_adapters)
+        self._export(folder, merge_adapters, parse_bytes(max_shard_size, "max_shard_size"))
+        if self.origin is not None:
+            copy_tokenizer(self.origin, folder)
 
-    def _export(self, folder: str | os.PathLike[str], merge_adapters: bool = False) -> None:
-        export_pretrained(folder, self.model, self._source, merge_adapters=merge_adapters)
+    def _export(
+        self, folder: str | os.PathLike[str], merge_adapters: bool = False, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        export_pretrained(folder, self.model, self._source, shard_bytes=shard_bytes, merge_adapters=merge_adapters)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         raise ConfigError(
@@ -324,7 +352,7 @@ class Run:
                 if member.optimized and "exp_avg" in state:
                     states[member] = state
                     member.step = int(state["step"])
-            fill(unit, self._tiers.kernels, self._tiers.writes, states)
+            fill(unit, self._tiers.kernels, self._tiers.writes, states, parts_of)
         self._tiers.writes.drain()
 
     def _install(self) -> None:
@@ -333,6 +361,7 @@ class Run:
         self._handed_back: set[Member] = set()  # by a close that was not finished
         for unit in self._units:
             self._swapper.adopt(unit)
+            let_go(unit.members)
             had = {member: member.parameter.grad for member in unit.members}
             for member in unit.members:
                 member.parameter.grad = None

@@ -14,7 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fuyou"
 
-LAYERS = ["_native", "core", "tiers", "swap", "plan", "runtime", "checkpoint", "report", "api", "train", "cli"]
+LAYERS = [
+    "_native",
+    "core",
+    "tiers",
+    "swap",
+    "plan",
+    "runtime",
+    "checkpoint",
+    "report",
+    "api",
+    "pretrained",
+    "train",
+    "cli",
+]
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
 
 # Parts of fuyou/tiers. Folders, their locks, drives and I/O engines are the store's; what is not named is shared below them.

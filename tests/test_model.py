@@ -89,6 +89,10 @@ REFUSED = {
     "shard cut short": (shorten_shard, r"model-00002-of-00002.safetensors are cut short"),
     "index damaged": (break_index, "index.json is damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "only a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "only pytorch_model.bin, a pickle.*makes a safetensors copy",
+    ),
     "other shapes": (lambda folder: configure(folder, intermediate_size=80), r"6 tensors .* \(64, 96\) in the file and \(64, 80\)"),
     "more layers": (lambda folder: configure(folder, num_hidden_layers=3), "lack 9 tensors"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer that can be read"),

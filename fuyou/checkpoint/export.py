@@ -1,7 +1,6 @@
 """Streaming export: safetensors files written tensor by tensor, a few MiB in memory, whole or not there at all.
 
-The format is that of https://github.com/huggingface/safetensors: eight bytes (little-endian length of the header), the
-header (JSON: name → dtype, shape, [begin, end) in the data), then the tensors' bytes without gaps.
+The format is told in headers.py, which reads it.
 """
 
 from __future__ import annotations
@@ -19,23 +18,18 @@ from typing import Protocol
 
 import torch
 
+from fuyou.checkpoint.headers import DTYPES, HEADER_LIMIT_BYTES
 from fuyou.checkpoint.partial import PREFIX, PartialFile, sync_folder
 from fuyou.core.errors import ConfigError, StorageIOError, StoreError
 from fuyou.core.sizes import format_bytes
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 50 * 10**9  # transformers' own
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_HEADER_LIMIT_BYTES = 100_000_000  # a reader refuses more
 _CHUNK_BYTES = 4 << 20
 _SLACK_BYTES = 1 << 20  # index, file system metadata
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorSource(Protocol):
@@ -160,10 +154,10 @@ def _header(shard: Sequence[TensorSource], metadata: Mapping[str, str]) -> bytes
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER_LIMIT_BYTES:
+    if len(text) > HEADER_LIMIT_BYTES:
         raise ConfigError(
             f"the header of one safetensors file would take {format_bytes(len(text))} for {len(shard)} tensors, and "
-            f"readers accept {format_bytes(_HEADER_LIMIT_BYTES)}; export with a smaller shard_bytes."
+            f"readers accept {format_bytes(HEADER_LIMIT_BYTES)}; export with a smaller shard_bytes."
         )
     return struct.pack("<Q", len(text)) + text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ from fuyou.checkpoint.adapters import (
 from fuyou.checkpoint.export import SHARD_BYTES, MemoryTensor, TensorSource, write_safetensors
 from fuyou.checkpoint.partial import PREFIX, sync_folder
 from fuyou.core.errors import ConfigError
+
+# What transformers' tokenizers and processors are saved as.
+_INPUT_FILES = frozenset(
+    """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
+    vocab.json vocab.txt merges.txt spiece.model sentencepiece.bpe.model tokenizer.model source.spm target.spm
+    tekken.json preprocessor_config.json processor_config.json video_preprocessor_config.json""".split()
+)
 
 
 def names_to_export(model: nn.Module, state: Named | None = None) -> Named:
@@ -79,6 +87,19 @@ def export_pretrained(
         sources.append(source(name, tensor) if layer is None else MergedTensor(source(name, tensor), layer))
     weights = write_safetensors(folder, sources, shard_bytes=shard_bytes)
     return weights + _write_configs(folder, model, sources)
+
+
+def copy_tokenizer(origin: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of the tokenizer, and of what else makes inputs, that lie beside the weights in `origin`, copied as they
+    are. Returns those of `folder`."""
+    target = Path(folder)
+    found = [path for path in sorted(Path(origin).iterdir()) if path.name in _INPUT_FILES and path.is_file()]
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=target) as unfinished:
+        for path in found:
+            shutil.copyfile(path, Path(unfinished) / path.name)
+            os.replace(Path(unfinished) / path.name, target / path.name)
+    sync_folder(target)
+    return [target / path.name for path in found]
 
 
 # --- names --------------------------------------------------------------------------------------------------------

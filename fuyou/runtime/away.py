@@ -25,23 +25,13 @@ from torch import nn
 
 from fuyou.core.errors import BudgetError, StateError
 from fuyou.core.ledger import Ledger
+from fuyou.core.metadata import attribute_of, converts_nothing, is_metadata
 from fuyou.core.sizes import format_bytes
 from fuyou.swap.activations import HookStack
 from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member, Unit
 from fuyou.swap.weights import Swapper
 
-# Property reads that need the bytes; every other property is metadata. Likewise methods and functions that need none.
-_VALUE_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
-_METADATA = frozenset(
-    """size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex
-    is_signed is_same_size get_device register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad
-    __hash__ __len__ is_shared is_pinned is_inference is_conj is_neg has_names _is_view dense_dim sparse_dim
-    zeros_like empty_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
-    new_tensor new_empty_strided __dir__ _has_compatible_shallow_copy_type""".split()
-)
-# Conversions, which change nothing where a parameter is what they ask for: Module.to, which every client calls.
-_CONVERSIONS = frozenset({"to", "cpu", "cuda", "float", "bfloat16", "half", "double", "contiguous"})
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
 
@@ -135,9 +125,8 @@ class Away:
 
     def use(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """One call of a torch function with parameters that are away among its arguments."""
-        owner = getattr(function, "__self__", None)
-        attribute = getattr(owner, "__name__", "") if function.__name__ in ("__get__", "__set__") else ""
-        if attribute and attribute not in _VALUE_PROPERTIES or not attribute and function.__name__ in _METADATA:
+        attribute = attribute_of(function)
+        if is_metadata(function):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if self._closed:
@@ -149,9 +138,8 @@ class Away:
                 "accelerator.prepare(model, run.optimizer), configure_optimizers returning run.optimizer)."
             )
         members = list({id(each): each for each in self._away_in((args, kwargs))}.values())
-        if function.__name__ in _CONVERSIONS and args[0] is members[0].parameter and len(members) == 1:
-            like = members[0].unit.placeholder  # of its dtype and device
-            if "memory_format" not in kwargs and function(like, *args[1:], **kwargs) is like:
+        if len(members) == 1 and args and args[0] is members[0].parameter:
+            if converts_nothing(function, members[0].unit.placeholder, args, kwargs):
                 return args[0]
         writes_data = attribute == "data" and function.__name__ == "__set__"
         if writes_data:

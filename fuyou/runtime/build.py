@@ -141,7 +141,7 @@ class Homes:
 def _dtype(name: str, parameter: nn.Parameter, precision: str | None) -> torch.dtype:
     if parameter.is_meta:
         raise ConfigError(
-            f"Parameter {name} is on the meta device, which is not built yet: load the model's weights first."
+            f"Parameter {name} is on the meta device: name the folder that holds its weights, fuyou.wrap(..., weights=folder)."
         )
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(

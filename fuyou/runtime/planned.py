@@ -42,6 +42,7 @@ class Planned:
     gpu_bytes: int
     nvme_limit_bytes: int
     buffer_bytes: int  # of the model's buffers, which stay on the device
+    import_bytes: int  # of host memory, while weights are taken home
 
 
 def plan_run(
@@ -53,8 +54,10 @@ def plan_run(
     gpu: int | str | None,
     device: str | torch.device | None,
     config: Config,
+    import_bytes: int = 0,
 ) -> Planned:
-    """Raises all that `wrap` raises before it opens the tiers; changes nothing."""
+    """Raises all that `wrap` raises before it opens the tiers; changes nothing. `import_bytes`: of `ram`, what importing the
+    weights takes beside the arenas."""
     check_optimizer(optimizer)
     name_optimizer_strangers(model, optimizer)
     target = resolve_device(device)
@@ -73,7 +76,7 @@ def plan_run(
     rooms = rooms_of(folders, reuse=True)
     limit = nvme_limit_bytes(rooms, nvme_limit)
     plan = make_plan(
-        numbers, ram_bytes=ram_bytes, gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
+        numbers, ram_bytes=max(ram_bytes - import_bytes, 1), gpu_bytes=gpu_bytes, device_kind=target.type, buffer_bytes=buffers,
         with_nvme=bool(folders), nvme_limit_bytes=limit, durable=durable, update=config.update,
         activations=config.activations,
     )  # fmt: skip
@@ -81,7 +84,9 @@ def plan_run(
         records = overhead_bytes(plan.committed, plan.committed * plan.state_slots * len(folders))
         plan = replace(plan, nvme_bytes=plan.nvme_bytes + records)
     refuse_without_room(plan.nvme_bytes, limit, rooms)
-    return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
+    return Planned(
+        target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers, import_bytes
+    )
 
 
 def _folders(nvme: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -135,7 +135,18 @@ class StateAccess:
                 loaded.store()
 
 
-def fill(unit: Unit, kernels: AdamKernels, writes: WriteBehind, states: dict[Member, dict[str, torch.Tensor]]) -> None:
+Values = Callable[
+    [torch.Tensor, int, int], Iterator[torch.Tensor]
+]  # a parameter's elements [first, last), in flat parts
+
+
+def fill(
+    unit: Unit,
+    kernels: AdamKernels,
+    writes: WriteBehind,
+    states: dict[Member, dict[str, torch.Tensor]],
+    values: Values,
+) -> None:
     """Write a unit's parameters, as they are now, and what state there is already, to their homes.
 
     State that is zero is not written at all: a chunk without written state starts from zeros.
@@ -150,27 +161,56 @@ def fill(unit: Unit, kernels: AdamKernels, writes: WriteBehind, states: dict[Mem
         staging = writes.stage(ranges, f"the weights of {unit.name}")
         if staging is None:
             raise MemoryError(f"no staging for {unit.name}")  # stage(wait=True) waits or raises
-        for view in staging.views:
-            view.zero_()
-        weights = staging.views[0].view(unit.dtype)
-        for member, first, last in chunk.parts:
-            at = slice(first - chunk.start, last - chunk.start)
-            source = slice(first - member.entry.start, last - member.entry.start)
-            value = member.parameter.detach().reshape(-1)[source]
-            if not with_state:
-                weights[at].copy_(value)
-                continue
-            low, exp_avg, exp_avg_sq = unit.state_views(staging.views[1], chunk.count)
-            state = states.get(member, {})
-            if "exp_avg" in state:
-                exp_avg[at].copy_(state["exp_avg"].reshape(-1)[source])
-                exp_avg_sq[at].copy_(state["exp_avg_sq"].reshape(-1)[source])
-            if low is None:
-                weights[at].copy_(value)
-            else:
-                master = state["master"].reshape(-1)[source] if "master" in state else value
-                kernels.split(master.to("cpu", torch.float32).contiguous(), weights[at], low[at], exp_avg_sq[at])
+        try:
+            _fill_chunk(chunk, staging, kernels, states, values)
+        except BaseException:
+            staging.release()
+            raise
         writes.put(staging.store(), staging)
+
+
+def _fill_chunk(
+    chunk: Chunk,
+    staging: Staging,
+    kernels: AdamKernels,
+    states: dict[Member, dict[str, torch.Tensor]],
+    values: Values,
+) -> None:
+    """All of the chunk's bytes into the views of `staging`: weights, and state where that is staged; zeros between them."""
+    for view in staging.views[1:]:
+        view.zero_()
+    weights, end = staging.views[0].view(chunk.unit.dtype), 0
+    for _, first, last in chunk.parts:
+        weights[end : first - chunk.start].zero_()
+        end = last - chunk.start
+    weights[end:].zero_()
+    for member, first, last in chunk.parts:
+        at = slice(first - chunk.start, last - chunk.start)
+        source = slice(first - member.entry.start, last - member.entry.start)
+        if len(staging.views) == 1:
+            _copy(values(member.parameter, source.start, source.stop), weights[at])
+            continue
+        low, exp_avg, exp_avg_sq = chunk.unit.state_views(staging.views[1], chunk.count)
+        state = states.get(member, {})
+        if "exp_avg" in state:
+            exp_avg[at].copy_(state["exp_avg"].reshape(-1)[source])
+            exp_avg_sq[at].copy_(state["exp_avg_sq"].reshape(-1)[source])
+        if low is None:
+            _copy(values(member.parameter, source.start, source.stop), weights[at])
+            continue
+        start, master = at.start, state.get("master")
+        parts = values(member.parameter, source.start, source.stop) if master is None else [master.reshape(-1)[source]]
+        for part in parts:
+            some = slice(start, start + part.numel())
+            kernels.split(part.to("cpu", torch.float32).contiguous(), weights[some], low[some], exp_avg_sq[some])
+            start = some.stop
+
+
+def _copy(parts: Iterator[torch.Tensor], target: torch.Tensor) -> None:
+    start = 0
+    for part in parts:
+        target[start : start + part.numel()].copy_(part)
+        start += part.numel()
 
 
 class _Loaded:

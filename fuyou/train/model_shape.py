@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fuyou.checkpoint.transformers_folder import import_transformers
 from fuyou.core.blocks import Block, find_blocks, loose_parameters, owners
 from fuyou.core.errors import ConfigError
 from fuyou.plan.shapes import BlockShape, ModelShape, Product
-from fuyou.train.model import import_transformers, load_configuration
+from fuyou.train.model import load_configuration
 
 _ATTENTION = re.compile(r"(^|[._])(self_)?att(n|ention)([._]|$)", re.IGNORECASE)
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")

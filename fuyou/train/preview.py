@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fuyou.checkpoint.adapters import unwrapped
+from fuyou.checkpoint.stored import converted_bytes
 from fuyou.core.sizes import format_bytes
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.tiers.folders import FOLDER, memory_folders
@@ -83,7 +84,8 @@ def _planned(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainCo
     """What `wrap` decides, and what it finds out when it opens the tiers."""
     core = config.core()
     planned = plan_run(
-        model, optimizer, config.nvme, config.nvme_limit, config.ram, config.gpu, config.device, core
+        model, optimizer, config.nvme, config.nvme_limit, config.ram, config.gpu, config.device, core,
+        import_bytes=converted_bytes(model),
     )  # fmt: skip
     if planned.folders:
         open_engine(core.io, deadline_s=core.deadline_s).close()
