@@ -54,6 +54,12 @@ class FolderLock:
             _held.discard(self._key)
 
 
+def refuse_in_use(folder: str) -> None:
+    """StoreError naming the pid where a run has the lock of `folder`; a file that a killed one left is nobody's."""
+    if os.path.exists(os.path.join(folder, "lock")):
+        FolderLock(folder).release()
+
+
 class ProcessLock:
     """A lock between threads, which may be taken again by its holder (a collection may run anything at any moment).
 

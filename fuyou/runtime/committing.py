@@ -1,0 +1,374 @@
+"""What a commit holds beside weights and optimizer state, and when it is taken.
+
+[Note: what a commit holds] All that a continuation needs to have the same bits:
+
+    at step()                  random generators, `run.user_state`, registered objects that give data: taken before the loop
+                               can fetch the next batch
+    at the first forward       hyperparameters of the groups, step counts, buffers, the other registered objects: learning
+    after it, or settle()      rates, loss scales and averages of weights are changed after step()
+
+A step's commit waits for the second half. What the loop still changes before the next forward that trains (weights that
+are clamped, a schedule that waits for an evaluation) is committed once more, as the same step.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from fuyou.core.errors import ConfigError, StateError, StoreError
+from fuyou.core.plain import Decoder, Encoder, check_json
+from fuyou.core.ticket import DONE, Ticket
+from fuyou.runtime.manifest import Manifest, manifest_of
+from fuyou.runtime.tiers import Tiers
+from fuyou.swap.aside import Aside, Part
+from fuyou.swap.unit import Chunk, Member, Unit
+from fuyou.swap.updates import Updates
+from fuyou.tiers.records import MOST_PAYLOAD_BYTES, encode_payload
+from fuyou.tiers.saved import Saved
+from fuyou.tiers.store import Store
+
+_AFTER_STEP = (LRScheduler, AveragedModel, torch.amp.GradScaler)
+MOST_USER_BYTES = MOST_PAYLOAD_BYTES // 4
+
+
+class Committing:
+    """Takes the run's state in the two halves of [Note: what a commit holds], and gives it back.
+
+    `aside` and `store` are None where steps are not committed; `whole` works all the same. `updates` is told when a step's
+    second half is there. One thread, the one that trains, calls everything but `commit`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        members: Sequence[Member],
+        groups: Callable[[], list[dict[str, Any]]],
+        manifest: Callable[[], Manifest],
+        store: Store | None,
+        aside: Aside | None,
+    ) -> None:
+        self.user_state: dict[str, Any] = {}
+        self._model = model
+        self._device = device
+        self._members = members
+        self._groups = groups
+        self.manifest = manifest
+        self._store = store
+        self._aside = aside
+        self._registered: dict[str, Any] = {}
+        self._left: dict[
+            str, Any
+        ] = {}  # registered state of a step that was loaded, for objects that are still to come
+        self._early: tuple[Encoder, dict[str, Any]] | None = None  # taken at a step whose second half is still to come
+        self._rest: tuple[Encoder, dict[str, Any]] | None = None  # the last step's, until a forward trains
+        self._payloads: dict[int, bytes] = {}
+        self._step = 0
+        self._described: list[int] = []  # what the manifest was written for
+        self._buffers: tuple[list[Any], dict[str, Any]] = ([], {})  # what they were when they were last written
+
+    def attach(self, updates: Updates) -> None:
+        self._updates = updates
+
+    # Taking -----------------------------------------------------------------------------------------------------------
+
+    def register(self, name: str, obj: Any) -> None:
+        """`obj` has state_dict and load_state_dict. What a step that was loaded has of it, it gets now.
+
+        ConfigError for a name that is taken, or state that cannot be committed; nothing is registered then.
+        """
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"run.register({name!r}, …): the name is a string that is not empty.")
+        if name in self._registered:
+            raise ConfigError(f"run.register({name!r}, …): another object has that name; give each one its own.")
+        lacking = [each for each in ("state_dict", "load_state_dict") if not callable(getattr(obj, each, None))]
+        if lacking:
+            raise ConfigError(f"run.register({name!r}, {type(obj).__name__}): it has no {' and no '.join(lacking)}.")
+        encoder = Encoder()
+        encode_payload({name: encoder.encode(obj.state_dict(), f"The state of {name!r}")})
+        if self._aside is not None:
+            self._aside.reserve("registered", 2 * encoder.nbytes)
+        if name in self._left:
+            obj.load_state_dict(self._left.pop(name))
+        self._registered[name] = obj
+
+    def stepped(self, step: int) -> None:
+        """The first half, before the updates of `step` are asked for. ConfigError for a `user_state` that JSON cannot carry."""
+        if self._aside is None:
+            return
+        self.complete()
+        if self._left:
+            names, self._left = ", ".join(map(repr, self._left)), {}
+            warnings.warn(
+                f"The step that this run goes on from has the state of {names}, which was not registered before the first "
+                "step and is dropped: run.register(name, object) restores it.",
+                stacklevel=4,
+            )
+        encoder = Encoder()
+        early = self._first_half(encoder)
+        encoder.beside[:] = [(offset, flat.clone()) for offset, flat in encoder.beside]  # it may go on changing
+        self._early, self._rest, self._step = (encoder, early), None, step
+
+    def complete(self) -> None:
+        """The second half of the last step, where it is still to come."""
+        if self._early is None:
+            return
+        self._take(self._early)
+        self._rest, self._early = self._early, None
+        self._updates.captured()
+
+    def before_forward(self) -> None:
+        """`complete`; and where a commit has begun since and this forward trains, what was changed after it."""
+        self.complete()
+        if self._rest is None or not torch.is_grad_enabled():
+            return
+        before, rest = self._payloads.get(self._step), self._rest
+        self._rest = None
+        self._take(rest)
+        if before != self._payloads[self._step] or (self._store is not None and self._store.changed):
+            self._updates.commit_again()
+
+    def commit(self, step: int) -> Ticket:
+        """Called under the lock of the updates, by any thread, when all of the step is written or on its way."""
+        if self._store is None:
+            return DONE
+        for older in [each for each in self._payloads if each < step]:
+            del self._payloads[older]
+        return self._store.commit(step, self._payloads[step])
+
+    def now(self, step: int) -> None:
+        """Both halves as of this moment, for a commit of `step` that no step() asks for."""
+        encoder = Encoder()
+        self._step, self._early, self._rest = step, None, None
+        self._take((encoder, self._first_half(encoder)))
+
+    def whole(self) -> tuple[dict[str, Any], dict[str, tuple[int, list[Part]]]]:
+        """Both halves as of this moment, for a checkpoint: the payload, and the blobs that it refers to."""
+        encoder, buffers = Encoder(), Encoder()
+        payload = {**self._first_half(encoder), **self._second_half(encoder)}
+        payload["registered"] |= payload.pop("sources")
+        payload["buffers"] = self._encoded_buffers(buffers)
+        return payload, {
+            "registered": (encoder.nbytes, list(encoder.beside)),
+            "buffers": (buffers.nbytes, list(buffers.beside)),
+        }
+
+    def close(self) -> None:
+        if self._aside is not None:
+            self._aside.close()
+
+    def _await_begun(self) -> None:
+        self._updates.await_begun()
+
+    def _take(self, early: tuple[Encoder, dict[str, Any]]) -> None:
+        """The step's payload, from its first half and what the second is now."""
+        if self._aside is None:
+            return
+        encoder = Encoder()
+        encoder.beside, encoder.nbytes = list(early[0].beside), early[0].nbytes
+        payload = {**early[1], **self._second_half(encoder)}
+        payload["registered"] = {**payload["registered"], **payload.pop("sources")}
+        payload["buffers"] = self._put_buffers()
+        if encoder.nbytes:
+            self._aside.put("registered", encoder.nbytes, encoder.beside, self._await_begun)
+        self._put_manifest(self._aside)
+        payload["blobs"] = self._aside.table()
+        payload["folders"] = [drive.folder for drive in self._store.drives] if self._store is not None else []
+        self._payloads[self._step] = encode_payload(payload)
+
+    def _put_manifest(self, aside: Aside) -> None:
+        """Again where extents have come, or the optimizer has other groups."""
+        key = [self._store.extent_count if self._store is not None else 0]
+        key += [len(group["params"]) for group in self._groups()]
+        if key != self._described:
+            text = self.manifest().encode()
+            whole = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            aside.put("manifest", len(text), [(0, whole)], self._await_begun)
+            self._described = key
+
+    def _first_half(self, encoder: Encoder) -> dict[str, Any]:
+        check_json(self.user_state, "run.user_state")
+        nbytes = len(encode_payload({"user_state": self.user_state}))
+        if nbytes > MOST_USER_BYTES:
+            raise ConfigError(
+                f"run.user_state takes {nbytes} bytes as JSON, and a commit holds {MOST_USER_BYTES} of it: keep large things "
+                "in files of their own, and their names here."
+            )
+        sources = {name: obj for name, obj in self._registered.items() if not _changes_after_step(obj)}
+        return {
+            "rng": encoder.encode(_generators(self._device), "The state of the random generators"),
+            "user_state": copy.deepcopy(self.user_state),
+            "sources": self._encoded(sources, encoder),
+        }
+
+    def _second_half(self, encoder: Encoder) -> dict[str, Any]:
+        groups = [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in self._groups()]
+        rest = {name: obj for name, obj in self._registered.items() if _changes_after_step(obj)}
+        return {
+            "steps": [[count, len(list(them))] for count, them in groupby(each.step for each in self._members)],
+            "groups": encoder.encode(groups, "The optimizer's groups"),
+            "registered": self._encoded(rest, encoder),
+        }
+
+    def _encoded(self, objects: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+        return {name: encoder.encode(obj.state_dict(), f"The state of {name!r}") for name, obj in objects.items()}
+
+    def _put_buffers(self) -> dict[str, Any]:
+        """The buffers' JSON; their bytes are looked at only where something may have been written to one."""
+        key: list[Any] = [
+            None if isinstance(owner, _NormBase) else (name, id(tensor), tensor._version)  # past the version counter
+            for name, owner, tensor in _buffers_of(self._model)
+        ]
+        before, encoded = self._buffers
+        if key != before or None in key:
+            encoder = Encoder()
+            encoded = self._encoded_buffers(encoder)
+            if encoder.nbytes and self._aside is not None:
+                self._aside.put("buffers", encoder.nbytes, encoder.beside, self._await_begun)
+            self._buffers = (key, encoded)
+        return encoded
+
+    def _encoded_buffers(self, encoder: Encoder) -> dict[str, Any]:
+        return {name: encoder.encode(each, f"Buffer {name}") for name, _, each in _buffers_of(self._model)}
+
+    # Giving back ------------------------------------------------------------------------------------------------------
+
+    def restore(self, saved: Saved, manifest: Manifest) -> None:
+        """Make everything what it is in `saved`, but for weights and optimizer state. Objects that are not registered yet
+        get theirs when they are. StoreError where it has no such thing, ConfigError for groups of other parameters."""
+        payload, blobs = saved.payload, {}
+
+        def decoder(name: str) -> Decoder:
+            def beside(offset: int, nbytes: int) -> bytes:
+                if name not in blobs:
+                    blobs[name] = saved.blob(name)
+                if not 0 <= offset <= len(blobs[name]) - nbytes:
+                    raise StoreError(f"The step's {name} have no {nbytes} bytes at {offset}.")
+                return blobs[name][offset : offset + nbytes]
+
+            return Decoder(beside)
+
+        try:
+            counts = [int(count) for count, length in payload["steps"] for _ in range(int(length))]
+            groups, user_state = decoder("registered").decode(payload["groups"]), payload["user_state"]
+            registered = decoder("registered").decode(payload["registered"])
+            buffers = decoder("buffers").decode(payload["buffers"])
+            generators = decoder("registered").decode(payload["rng"])
+            names = manifest.names
+            if len(counts) != len(names) or not isinstance(user_state, dict):
+                raise ValueError(f"{len(counts)} step counts for {len(names)} parameters")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
+            ) from error
+        self._restore_groups(groups, manifest)
+        steps = dict(zip(names, counts, strict=True))
+        for member in self._members:
+            member.step = steps[member.name]
+        self._restore_buffers(buffers)
+        self.user_state.clear()
+        self.user_state.update(user_state)
+        self._left = {name: state for name, state in registered.items() if name not in self._registered}
+        for name, state in registered.items():
+            if name in self._registered:
+                self._registered[name].load_state_dict(state)
+        _restore_generators(generators, self._device)
+
+    def _restore_groups(self, saved: list[dict[str, Any]], manifest: Manifest) -> None:
+        names = {id(member.parameter): member.name for member in self._members}
+        groups = self._groups()
+        mine = tuple(tuple(names[id(each)] for each in group["params"] if id(each) in names) for group in groups)
+        if mine != manifest.groups or len(saved) != len(groups):
+            raise ConfigError(
+                f"The step that is loaded has optimizer groups of {[len(each) for each in manifest.groups]} parameters, and "
+                f"this optimizer has {[len(each) for each in mine]}, or others in them: build the optimizer as it was built "
+                "then."
+            )
+        for group, values in zip(groups, saved, strict=True):
+            for key, value in values.items():
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+
+    def _restore_buffers(self, saved: dict[str, torch.Tensor]) -> None:
+        for name, owner, tensor in list(_buffers_of(self._model)):
+            value = saved.get(name)
+            if value is None:
+                raise ConfigError(
+                    f"The step that is loaded has no buffer {name}: wrap the model that it was saved from."
+                )
+            if value.shape == tensor.shape and value.dtype == tensor.dtype:
+                with torch.no_grad():
+                    tensor.copy_(value)
+            else:  # one that grows (a cache of rotary tables)
+                owner._buffers[name.rpartition(".")[2]] = value.to(tensor.device)
+
+
+def committing_of(
+    model: nn.Module,
+    units: Sequence[Unit],
+    optimizer: torch.optim.Optimizer,
+    tiers: Tiers,
+    aside: Aside | None,
+    chunk_elements: int,
+) -> Committing:
+    """Of a run; its units are packed. `optimizer`'s groups are the run's."""
+
+    def number_of(chunk: Chunk, kind: str) -> int:
+        its = chunk.weights if kind == "weights" else chunk.state
+        return -1 if its is None or its.extent is None else its.extent.index
+
+    return Committing(
+        model, tiers.link.device, [member for unit in units for member in unit.members], lambda: optimizer.param_groups,
+        lambda: manifest_of(units, chunk_elements, model, optimizer.param_groups, number_of), tiers.store, aside,
+    )  # fmt: skip
+
+
+_OF_GROUPS = ("params", "param_names")
+
+
+def _changes_after_step(obj: Any) -> bool:
+    """The loop changes it between step() and the next forward; all others, it changes before or when it fetches data."""
+    return isinstance(obj, _AFTER_STEP) or hasattr(obj, "get_last_lr")
+
+
+def _buffers_of(model: nn.Module) -> list[tuple[str, nn.Module, torch.Tensor]]:
+    """(name, owner, tensor) of each buffer, once."""
+    found: dict[int, tuple[str, nn.Module, torch.Tensor]] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found.setdefault(id(buffer), (f"{prefix}.{name}" if prefix else name, module, buffer))
+    return list(found.values())
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """A step that was trained on another kind of device has no state of this one's, which then goes on as it is."""
+    try:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StateError(f"The random generators of the step do not fit those of this program ({error}).") from error

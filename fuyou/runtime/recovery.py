@@ -1,0 +1,409 @@
+"""Going on from a step: which one, where its bytes are to be, and bringing them there.
+
+[Note: resuming] A store whose layout is the one that this run plans, on the same drives, is gone on with as it lies: its
+bytes are read once, for their checksums (and to where they stay in host memory). In every other case (other budgets, other
+drives, a checkpoint) the step is read by the names of its parameters, whatever its layout, and written to the new homes. A
+store that stands in the new one's place is first copied to a checkpoint beside it (MOVED), which goes when the new store
+has committed the step: at every moment one of the three is whole, and `find` takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fuyou.core.beside import read_beside, write_beside
+from fuyou.core.errors import BudgetError, StateError, StoreError
+from fuyou.core.ticket import Ticket
+from fuyou.plan.planner import Plan
+from fuyou.runtime.build import committed_of
+from fuyou.runtime.manifest import (
+    Manifest,
+    SavedTensors,
+    decode_manifest,
+    refuse_other_model,
+    refuse_without_homes,
+    tied_names,
+)
+from fuyou.runtime.planned import Planned
+from fuyou.runtime.tiers import Tiers
+from fuyou.swap.aside import Aside
+from fuyou.swap.ranges import Range, Staging, WriteBehind
+from fuyou.swap.unit import Chunk, Unit
+from fuyou.tiers.checksum import best_checksum
+from fuyou.tiers.drives import remove_store
+from fuyou.tiers.folders import FOLDER, check_folders, refuse_without_room, rooms_of
+from fuyou.tiers.host import Lease
+from fuyou.tiers.lock import FolderLock, refuse_in_use
+from fuyou.tiers.records import Record
+from fuyou.tiers.saved import Saved, is_dirty, open_saved, was_left_open
+from fuyou.tiers.saving import copy_saved
+from fuyou.tiers.store import Store
+
+MOVED = "fuyou-moved-step"  # in an nvme folder, a checkpoint: a step on its way from one layout to another
+SAVED = "fuyou-saved.json"  # beside a store: its run's newest checkpoint
+VERIFIED_AT_ONCE = 2  # chunks whose bytes are read while one is looked at
+
+
+@dataclass
+class Source:
+    """The step that a run goes on from. `adopted`: the numbers of the store's extents by (unit, chunk, kind), where it goes
+    on as it lies, else None. `leftovers`: what is removed when the step is committed elsewhere."""
+
+    saved: Saved
+    manifest: Manifest
+    adopted: dict[tuple[int, int, str], int] | None = None
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> SavedTensors:
+        return SavedTensors(self.saved, self.manifest)
+
+    @property
+    def told(self) -> str:
+        """What is to be said of copies of its record that are damaged."""
+        problems = self.saved.record.problems
+        return f"went on from step {self.saved.step}, beside damaged copies: {'; '.join(problems)}" if problems else ""
+
+    def close(self) -> None:
+        self.saved.close()
+
+
+def read_source(folders: Sequence[str]) -> Source | None:
+    """The newest step in `folders`, with what it says of its tensors; None where no commit was ever begun."""
+    saved = open_saved(folders)
+    if saved is None:
+        return None
+    try:
+        return Source(saved, decode_manifest(saved.blob("manifest")))
+    except BaseException:
+        saved.close()
+        raise
+
+
+def find(resume: bool | str | None, planned: Planned, model: nn.Module) -> Source | None:
+    """What the run goes on from, as Config(resume) says; None: it starts anew. Nothing but MOVED has been written when this
+    returns or raises.
+
+    StateError where steps would be lost that nobody said may be, or a live store is of no step; StoreError for a step that
+    cannot be read and a folder in use, ConfigError for a step of another model, BudgetError without the room to move it.
+    """
+    for folder in planned.folders:
+        refuse_in_use(os.path.join(folder, FOLDER))
+    if isinstance(resume, str):
+        source = read_source(check_folders([resume]))
+        if source is None:
+            raise StoreError(
+                f"There is no step to go on from in {resume}: name the folder of a run's store, or of a checkpoint."
+            )
+    elif resume:
+        source = _newest_of(planned.folders)
+        if source is None and planned.folders:
+            _refuse_dirty(planned.folders[0])
+    else:
+        source = None
+        if resume is None:
+            _refuse_to_discard(planned.folders)
+        clear_moved(planned.folders)
+    if source is None:
+        return None
+    try:
+        _refuse_other(source, planned, model)
+        return _in_place(source, planned)
+    except BaseException:
+        source.close()
+        raise
+
+
+def adopted_record(source: Source | None) -> Record | None:
+    """What the store goes on from, where it does."""
+    return source.saved.record if source is not None and source.adopted is not None else None
+
+
+def aside_of(source: Source | None, tiers: Tiers, plan: Plan) -> Aside | None:
+    """Before the store opens: what commits hold beside weights and state; None where steps are not committed."""
+    if tiers.store is None or not plan.aside_bytes:
+        return None
+    aside = Aside(tiers.store, tiers.buffers(plan.aside_bytes, 1), plan.aside_bytes)
+    record = adopted_record(source)
+    if source is not None and record is not None:
+        for name in source.saved.payload["blobs"]:
+            numbers = source.saved.blob_extents(name)
+            if all(
+                record.parts_of(each, slot)["nbytes"].sum() == plan.aside_bytes for each in numbers for slot in (0, 1)
+            ):
+                extents = [tiers.store.place(plan.aside_bytes, "staging", 2, True, adopt=each) for each in numbers]
+                aside.adopt(name, extents)
+    return aside
+
+
+def close(source: Source | None) -> None:
+    if source is not None:
+        source.close()
+
+
+def keep(source: Source, folders: Sequence[str]) -> None:
+    """The run commits nothing: a step that was moved aside for it is its newest checkpoint."""
+    source.close()
+    for path in source.leftovers:
+        if os.path.basename(path) == MOVED:
+            note_saved(folders[0], path, source.saved.step)
+
+
+def note_saved(folder: str, checkpoint: str, step: int) -> None:
+    """Beside the store, for whoever finds it of no single step."""
+    write_beside(folder, SAVED, {"folder": checkpoint, "step": step})
+
+
+def clear_moved(folders: Sequence[str]) -> None:
+    """A run starts anew: a step that was on its way is not wanted."""
+    for folder in folders:
+        shutil.rmtree(os.path.join(folder, MOVED), ignore_errors=True)
+
+
+def forget(source: Source) -> None:
+    """The step is committed at home: what it came from, and is nobody's now, goes."""
+    source.close()
+    for path in source.leftovers:
+        if os.path.basename(path) == MOVED:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            remove_store(path)
+
+
+def fill_from(source: Source, units: Sequence[Unit], writes: WriteBehind, store: Store | None) -> None:
+    """Weights and optimizer state to their homes: by adoption, or chunk by chunk from wherever they are. Host memory is that
+    of a few chunks. StoreError for bytes that are not what was committed."""
+    if source.adopted is not None and store is not None:
+        _verify(source, units, writes, store)
+        return
+    check_all(source)
+    tensors = source.tensors
+    for unit in units:
+        for chunk in unit.chunks:
+            ranges = [chunk.weights] if chunk.state is None else [chunk.weights, chunk.state]
+            staging = writes.stage(ranges, f"the weights of {unit.name}")
+            if staging is None:
+                raise MemoryError("no staging")  # stage(wait=True) waits or raises
+            try:
+                stored = staging.store(*fill_chunk(tensors, chunk, staging))
+            except BaseException:
+                staging.release()
+                raise
+            writes.put(stored, staging)
+    writes.drain()
+
+
+def check_all(source: Source) -> None:
+    """Every byte of the step has its checksum, or StoreError names the tensors and the file."""
+    manifest = source.manifest
+    for unit in manifest.units:
+        for kind, extents in unit.extents.items():
+            for number, extent in extents.items():
+                source.saved.check(extent, _text_of(manifest.names_in(unit, number), kind))
+
+
+def fill_chunk(tensors: SavedTensors, chunk: Chunk, staging: Staging) -> tuple[int, ...]:
+    """A chunk's weights, and where the step has some its state, into `staging` of both; which of the two."""
+    views, unit = staging.views, chunk.unit
+    for view in views:
+        view.zero_()
+    fields = {"weights": views[0].view(unit.dtype)}
+    has_state = chunk.state is not None and any(tensors.has_state(member.name) for member, _, _ in chunk.parts)
+    if has_state:
+        low, fields["exp_avg"], fields["exp_avg_sq"] = unit.state_views(views[1], chunk.count)
+        if low is not None:
+            fields["low"] = low
+    for member, first, last in chunk.parts:
+        for name, whole in fields.items():
+            target = whole[first - chunk.start : last - chunk.start].view(torch.uint8).numpy().data
+            tensors.read(member.name, name, first - member.entry.start, last - member.entry.start, target)
+    return (0, 1) if has_state else (0,)
+
+
+# --- which step -------------------------------------------------------------------------------------------------------
+
+
+def _newest_of(folders: Sequence[str]) -> Source | None:
+    """Of the store in `folders` and a step on its way: the later; the store where they are the same."""
+    moved = _moved_in(folders)
+    source = read_source(folders)
+    for path in moved:
+        other = read_source([path])
+        if other is not None and (source is None or other.saved.step > source.saved.step):
+            source, other = other, source
+        if other is not None:
+            other.close()
+    if source is not None:
+        source.leftovers += moved
+    return source
+
+
+def _moved_in(folders: Sequence[str]) -> list[str]:
+    return [path for folder in folders if os.path.isdir(path := os.path.join(folder, MOVED))]
+
+
+def _refuse_to_discard(folders: Sequence[str]) -> None:
+    moved = _moved_in(folders)
+    if not moved and not any(was_left_open(folder) for folder in folders):
+        return
+    for homes in ([folders] if folders else []) + [[path] for path in moved]:
+        saved = open_saved(homes)
+        if saved is not None:
+            saved.close()
+            raise StateError(
+                f"The nvme folder {homes[0]} holds step {saved.step} of a run that did not end in order: "
+                "Config(resume=True) goes on from it, Config(resume=False) discards it and starts anew."
+            )
+
+
+def _refuse_dirty(folder: str) -> None:
+    if not is_dirty(folder):
+        return
+    noted = read_beside(folder, SAVED)
+    if isinstance(noted, dict) and isinstance(noted.get("folder"), str):
+        cure = f"Config(resume={noted['folder']!r}) goes on from its newest checkpoint, of step {noted.get('step')}"
+    else:
+        cure = "it saved no checkpoint (run.save), and Config(resume=False) starts anew"
+    raise StateError(
+        f"The store in {folder} was being updated in place (durability='checkpoint') when its run ended, and is of no single "
+        f"step: {cure}."
+    )
+
+
+def _refuse_other(source: Source, planned: Planned, model: nn.Module) -> None:
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    names: dict[int, str] = {}
+    frozen = []
+    for unit, named in planned.packed:
+        for name, parameter in named:
+            shapes[name], names[id(parameter)] = (tuple(parameter.shape), unit.dtype), name
+            frozen += [] if unit.optimized else [name]
+    refuse_other_model(source.manifest, shapes, tied_names(model, names), source.saved.step)
+    refuse_without_homes(source.tensors, frozen, source.saved.step)
+
+
+# --- where to ---------------------------------------------------------------------------------------------------------
+
+
+def _in_place(source: Source, planned: Planned) -> Source:
+    """As it lies, where it may stay; where its store is in the new one's place, moved aside."""
+    saved = source.saved
+    if os.path.basename(saved.folders[0]) == MOVED or not set(saved.folders) & set(planned.folders):
+        return source
+    source.adopted = _adopted(source, planned)
+    return source if source.adopted is not None else _moved(source, planned)
+
+
+def _adopted(source: Source, planned: Planned) -> dict[tuple[int, int, str], int] | None:
+    """The numbers of the extents that this run plans too; None where some are others."""
+    plan, manifest, record = planned.plan, source.manifest, source.saved.record
+    if not plan.through or list(source.saved.folders) != planned.folders or record.checksum != best_checksum().name:
+        return None
+    if manifest.chunk_elements != plan.chunk_elements or len(manifest.units) != len(planned.packed):
+        return None
+    found: dict[tuple[int, int, str], int] = {}
+    for index, ((unit, named), numbers, theirs) in enumerate(
+        zip(planned.packed, planned.numbers, manifest.units, strict=True)
+    ):
+        mine = [(name, tuple(parameter.shape)) for name, parameter in named]
+        if mine != [(name, shape) for name, (shape, _) in theirs.members.items()]:
+            return None
+        if theirs.elements != numbers.elements or str(unit.dtype) != f"torch.{theirs.dtype}":
+            return None
+        wanted = {(kind, number): nbytes for kind, number, nbytes in committed_of(plan, numbers)}
+        if wanted.keys() != {(kind, number) for kind, numbered in theirs.extents.items() for number in numbered}:
+            return None
+        for (kind, number), nbytes in wanted.items():
+            extent = theirs.extents[kind][number]
+            if any(record.parts_of(extent, slot)["nbytes"].sum() != nbytes for slot in range(plan.state_slots)):
+                return None
+            found[index, number, kind] = extent
+    return found
+
+
+def _moved(source: Source, planned: Planned) -> Source:
+    """The step as a checkpoint in MOVED, beside the store, which is then free to be cleared."""
+    saved = source.saved
+    nbytes = int(saved.record.entries["nbytes"].sum())
+    rooms = rooms_of(planned.folders, reuse=True)
+    try:
+        refuse_without_room(planned.plan.nvme_bytes + nbytes, rooms.total_bytes, rooms)
+    except BudgetError as error:
+        raise BudgetError(
+            f"Step {saved.step} has another layout than this run plans, and a copy of it must lie beside the new store for a "
+            f"while. {error}",
+            tier="nvme", needed_bytes=error.needed_bytes, given_bytes=error.given_bytes,
+        ) from None  # fmt: skip
+    shared = [folder for folder in planned.folders if folder in saved.folders]
+    place = os.path.join(max(shared, key=lambda folder: shutil.disk_usage(folder).free), MOVED)
+    clear_moved(planned.folders)
+    with contextlib.ExitStack() as locks:
+        for folder in saved.folders:
+            locks.callback(FolderLock(os.path.join(folder, FOLDER)).release)
+        copy_saved(saved, place)
+    saved.close()
+    moved = read_source([place])
+    if moved is None:
+        raise StoreError(f"The copy of step {saved.step} in {place} cannot be read back.")
+    moved.leftovers = [place, *(folder for folder in saved.folders if folder not in planned.folders)]
+    return moved
+
+
+# --- the bytes --------------------------------------------------------------------------------------------------------
+
+
+def _verify(source: Source, units: Sequence[Unit], writes: WriteBehind, store: Store) -> None:
+    """Read all that the store goes on with, to where it stays or to look at it: it is what was committed."""
+    reading: deque[tuple[Chunk, Range, Ticket, Staging]] = deque()
+
+    def finish() -> None:
+        chunk, each, read, staging = reading.popleft()
+        extent = each.extent
+        try:
+            read.wait()
+            if extent is not None and best_checksum().of(staging.views[0].data_ptr(), extent.nbytes) != store.checksum(
+                extent
+            ):
+                names = [member.name for member, _, _ in chunk.parts]
+                kind = "weights" if each is chunk.weights else "optimizer"
+                raise StoreError(source.saved.damaged(extent.index, _text_of(names, kind)))
+            each.written = True
+        finally:
+            staging.release()
+
+    try:
+        for unit in units:
+            for chunk in unit.chunks:
+                for each in (chunk.weights, chunk.state):
+                    if each is not None and each.extent is not None and each.extent.written:
+                        while len(reading) >= VERIFIED_AT_ONCE:
+                            finish()
+                        staging = writes.stage([each], f"the weights of {unit.name}")
+                        if staging is None:
+                            raise MemoryError("no staging")  # stage(wait=True) waits or raises
+                        reading.append((chunk, each, _read(each, staging), staging))
+        while reading:
+            finish()
+    finally:
+        while reading:  # after an error; memory that is still read into goes back when that has ended
+            reading.popleft()[3].release()
+
+
+def _read(each: Range, staging: Staging) -> Ticket:
+    """To where it is at home, in host memory, or to staging."""
+    if isinstance(each.home, Lease) and each.extent is not None:
+        return each.extent.read(each.home.address, each.home)
+    return staging.load(0)
+
+
+def _text_of(names: Sequence[str], kind: str) -> str:
+    what = "the weights of " if kind == "weights" else "the optimizer state of "
+    return what + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
