@@ -168,6 +168,8 @@ class Run:
         self._gradients.end_backward()
         self._updates.drain()
         self._tiers.writes.drain()
+        self._committing.complete_again()
+        self._updates.drain()
 
     def report(self) -> Report:
         """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""

@@ -130,13 +130,18 @@ class Committing:
         self._updates.captured()
 
     def before_forward(self) -> None:
-        """`complete`; and where a commit has begun since and this forward trains, what was changed after it."""
+        """`complete`; and where this forward trains, the step is committed again with what was changed since."""
         self.complete()
-        if self._rest is None or not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.complete_again()
+            self._rest = None
+
+    def complete_again(self) -> None:
+        """Weights are home: the last step with what the loop has changed after it, where that is anything."""
+        if self._rest is None:
             return
-        before, rest = self._payloads.get(self._step), self._rest
-        self._rest = None
-        self._take(rest)
+        before = self._payloads.get(self._step)
+        self._take(self._rest)
         if before != self._payloads[self._step] or (self._store is not None and self._store.changed):
             self._updates.commit_again()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -57,7 +58,8 @@ class FolderLock:
 def refuse_in_use(folder: str) -> None:
     """StoreError naming the pid where a run has the lock of `folder`; a file that a killed one left is nobody's."""
     if os.path.exists(os.path.join(folder, "lock")):
-        FolderLock(folder).release()
+        with contextlib.suppress(OSError):  # where no lock can be had, whoever needs it says why
+            FolderLock(folder).release()
 
 
 class ProcessLock:
