@@ -24,7 +24,7 @@ from fuyou.report import Report
 from fuyou.runtime import recovery
 from fuyou.runtime.away import Away
 from fuyou.runtime.build import Homes
-from fuyou.runtime.committing import committing_of
+from fuyou.runtime.committing import Rest, committing_of
 from fuyou.runtime.deciding import Deciding
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
@@ -136,12 +136,13 @@ class Run:
             if found is None:
                 self._fill(passed)
             else:
+                rest = self._committing.read(found.saved, found.manifest)
                 recovery.fill_from(found, self._units, self._tiers.writes, self._tiers.store)
             undo.pop_all()
         try:
             self._install()
             if found is not None:
-                self._go_on(found)
+                self._go_on(found, rest)
         except BaseException:
             if self._open:  # all is on, and what failed is beside it (no descriptor left to measure with): take it off
                 self.close()
@@ -221,10 +222,14 @@ class Run:
         ConfigError for another model or precision, StoreError for bytes that are damaged: nothing has changed then."""
         self.settle()
         found = checkpoints.open_for(os.fspath(folder), self._units, self.model)
+        with contextlib.ExitStack() as undo:
+            undo.callback(found.close)
+            rest = self._committing.read(found.saved, found.manifest)
+            undo.pop_all()
         self.optimizer.zero_grad()
         self.optimizer.state.let_go()
         checkpoints.load(found, self._units, self._swapper, self._updates, self._tiers.writes)
-        self._go_on(found)
+        self._go_on(found, rest)
 
     def register(self, name: str, obj: Any) -> None:
         """Have each commit, and each checkpoint, hold `obj.state_dict()`; where the run goes on from a step that has it,
@@ -352,10 +357,10 @@ class Run:
         )  # fmt: skip
         return Auto(deciding, lambda: Profiler(self.device, self._clock.stalled_s))
 
-    def _go_on(self, found: recovery.Source) -> None:
+    def _go_on(self, found: recovery.Source, rest: Rest) -> None:
         """The rest of a step whose weights and optimizer state are home; where it came from elsewhere, it is committed."""
         self._tiers.note(found.told)
-        self._committing.restore(found.saved, found.manifest)
+        self._committing.restore(rest)
         self._updates.go_on(found.saved.step)
         if found.adopted is None and self._tiers.durable and self._tiers.store is not None:
             self._tiers.store.rewind(found.saved.step)

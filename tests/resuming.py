@@ -83,6 +83,7 @@ class Loop:
         self.passed = torch.optim.AdamW(groups, lr=1e-2, fused=True)
         self.optimizer: Any = self.passed
         self.schedule = models.schedule_of(self.passed)
+        self.scheduled = True
         self.rows = Rows()
         self.read: list[list[int]] = []
         self.run: fuyou.Run | None = None
@@ -112,7 +113,8 @@ class Loop:
         if self.run is not None:
             self.run.user_state["read"] = self.run.user_state.get("read", 0) + ACCUMULATION
         self.optimizer.step()
-        self.schedule.step()
+        if self.scheduled:
+            self.schedule.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             self.model.layers[1][0].weight.clamp_(-0.15, 0.15)
@@ -125,7 +127,9 @@ class Loop:
         """Everything that a later step depends on, as tensors."""
         found = {name: each.detach().clone() for name, each in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"{index} {kind}": torch.as_tensor(value).clone() for kind, value in state.items() if kind != "master"}
+            found |= {
+                f"{index} {kind}": torch.as_tensor(value).clone() for kind, value in state.items() if kind != "master"
+            }
         for index, group in enumerate(self.passed.param_groups):
             found[f"lr {index}"] = torch.tensor(group["lr"], dtype=torch.float64)
         found["rates"] = torch.tensor(self.schedule.get_last_lr(), dtype=torch.float64)
@@ -148,7 +152,9 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
-def uninterrupted(steps: int, precision: str = "fp32", nvme: Path | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def uninterrupted(
+    steps: int, precision: str = "fp32", nvme: Path | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and state of plain PyTorch; in bf16, whose plain loop has other state, of one run that nothing interrupts."""
     loop = Loop(precision)
     if precision == "fp32":

@@ -255,7 +255,9 @@ def test_a_killed_run_leaves_no_lock_in_the_way_and_its_steps_are_not_discarded_
     expected, weights = plain(2)
     training = Training()
     for _ in range(2):
-        with pytest.raises(StateError, match=r"holds step \d+ of a run that did not end in order: .*resume=True.*resume=False"):
+        with pytest.raises(
+            StateError, match=r"holds step \d+ of a run that did not end in order: .*resume=True.*resume=False"
+        ):
             training.wrap(nvme, io=kind)
     with training.wrap(nvme, io=kind, resume=False) as run:
         assert run.committed_step == 0

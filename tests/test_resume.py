@@ -78,7 +78,9 @@ def test_bf16_goes_on_with_its_masters(nvme, update):
     assert first + second + third == losses and differences(found, state) == []
 
 
-@pytest.mark.parametrize(("before", "after"), [((0,), (0, 1)), ((0, 1), (0,)), ((0, 1), (1,)), ((0, 1), (1, 0)), ((0,), (0,))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((0,), (0, 1)), ((0, 1), (0,)), ((0, 1), (1,)), ((0, 1), (1, 0)), ((0,), (0,))]
+)
 def test_other_drives(nvme, plain, before, after):
     folders = folders_in(nvme, 2)
     loop = Loop()
@@ -172,7 +174,7 @@ def test_what_the_loop_changes_between_step_and_the_next_forward_is_committed(nv
         return losses
 
     def made(loop: Loop) -> Any:
-        loop.schedule.step = lambda: None  # the other one sets the rate
+        loop.scheduled = False  # the other one sets the rate
         return torch.optim.lr_scheduler.ReduceLROnPlateau(loop.passed, factor=0.5, patience=0)
 
     oracle = Loop()
@@ -190,6 +192,7 @@ def test_what_the_loop_changes_between_step_and_the_next_forward_is_committed(nv
     schedule = made(loop)
     with loop.wrapped(left, resume=True) as run:
         run.register("plateau", schedule)
+        loop.model(torch.zeros(4, 6, dtype=torch.long))  # which came after the step
         assert losses + train(None, loop, schedule, 1) == expected
 
 
@@ -299,9 +302,11 @@ def test_without_room_for_a_copy_another_layout_is_refused_and_the_step_stays(nv
     loop = Loop()
     with loop.wrapped(nvme):
         loop.steps(2)
-    size = (nvme / FOLDER / DATA).stat().st_size
-    usage = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=size // 10))  # a drive nearly full
+    usage, free = shutil.disk_usage, 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))  # a drive nearly full
+    with pytest.raises(BudgetError) as refusal:
+        resumed(nvme, 1, 2, ram="600KiB")
+    free = refusal.value.shortfall_bytes * 20 // 19 + 8192  # enough for the store, and not for the copy
     with pytest.raises(BudgetError, match="Step 2 has another layout.*a copy of it must lie beside"):
         resumed(nvme, 1, 2, ram="600KiB")
     monkeypatch.undo()

@@ -111,7 +111,8 @@ class Plan:
     on_host: frozenset[tuple[int, int]]
     spare: frozenset[tuple[int, int]]
     activations: ActivationMemory
-    aside_bytes: int  # the buffer for what commits hold beside the extents; 0 where steps are not committed
+    aside_bytes: int  # a piece of what commits hold beside the extents, and its buffer; 0 where steps are not committed
+    aside_pieces: int = 0  # of them on the drives, two slots each; known when the parameters' names are
 
     @property
     def arena_bytes(self) -> int:

@@ -17,6 +17,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from fuyou.core.errors import ConfigError, StateError, StoreError
+from fuyou.core.errors import ConfigError, StoreError
 from fuyou.core.plain import Decoder, Encoder, check_json
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.runtime.manifest import Manifest, manifest_of
@@ -250,9 +251,9 @@ class Committing:
 
     # Giving back ------------------------------------------------------------------------------------------------------
 
-    def restore(self, saved: Saved, manifest: Manifest) -> None:
-        """Make everything what it is in `saved`, but for weights and optimizer state. Objects that are not registered yet
-        get theirs when they are. StoreError where it has no such thing, ConfigError for groups of other parameters."""
+    def read(self, saved: Saved, manifest: Manifest) -> Rest:
+        """What `saved` has beside weights and optimizer state; nothing is changed. StoreError where it has no such thing,
+        ConfigError for groups or buffers of another model."""
         payload, blobs = saved.payload, {}
 
         def decoder(name: str) -> Decoder:
@@ -266,60 +267,96 @@ class Committing:
             return Decoder(beside)
 
         try:
-            counts = [int(count) for count, length in payload["steps"] for _ in range(int(length))]
-            groups, user_state = decoder("registered").decode(payload["groups"]), payload["user_state"]
-            registered = decoder("registered").decode(payload["registered"])
-            buffers = decoder("buffers").decode(payload["buffers"])
-            generators = decoder("registered").decode(payload["rng"])
+            values = decoder("registered")
             names = manifest.names
-            if len(counts) != len(names) or not isinstance(user_state, dict):
+            counts = [count for count, length in payload["steps"] for _ in range(min(length, len(names) + 1))]
+            if len(counts) != len(names) or not all(type(count) is int and count >= 0 for count in counts):
                 raise ValueError(f"{len(counts)} step counts for {len(names)} parameters")
+            rest = Rest(
+                steps=dict(zip(names, counts, strict=True)),
+                groups=values.decode(payload["groups"]),
+                buffers=decoder("buffers").decode(payload["buffers"]),
+                registered=values.decode(payload["registered"]),
+                user_state=payload["user_state"],
+                generators=values.decode(payload["rng"]),
+            )
+            _check(rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
             ) from error
-        self._restore_groups(groups, manifest)
-        steps = dict(zip(names, counts, strict=True))
-        for member in self._members:
-            member.step = steps[member.name]
-        self._restore_buffers(buffers)
-        self.user_state.clear()
-        self.user_state.update(user_state)
-        self._left = {name: state for name, state in registered.items() if name not in self._registered}
-        for name, state in registered.items():
-            if name in self._registered:
-                self._registered[name].load_state_dict(state)
-        _restore_generators(generators, self._device)
+        self._refuse_other_groups(rest, manifest)
+        for name, _, _ in _buffers_of(self._model):
+            if name not in rest.buffers:
+                raise ConfigError(
+                    f"The step that is loaded has no buffer {name}: wrap the model that it was saved from."
+                )
+        return rest
 
-    def _restore_groups(self, saved: list[dict[str, Any]], manifest: Manifest) -> None:
-        names = {id(member.parameter): member.name for member in self._members}
-        groups = self._groups()
-        mine = tuple(tuple(names[id(each)] for each in group["params"] if id(each) in names) for group in groups)
-        if mine != manifest.groups or len(saved) != len(groups):
-            raise ConfigError(
-                f"The step that is loaded has optimizer groups of {[len(each) for each in manifest.groups]} parameters, and "
-                f"this optimizer has {[len(each) for each in mine]}, or others in them: build the optimizer as it was built "
-                "then."
-            )
-        for group, values in zip(groups, saved, strict=True):
+    def restore(self, rest: Rest) -> None:
+        """Make everything what it is in `rest`. Objects that are not registered yet get theirs when they are."""
+        for member in self._members:
+            member.step = rest.steps[member.name]
+        for group, values in zip(self._groups(), rest.groups, strict=True):
             for key, value in values.items():
                 if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
                     group[key].copy_(value)
                 else:
                     group[key] = value
-
-    def _restore_buffers(self, saved: dict[str, torch.Tensor]) -> None:
-        for name, owner, tensor in list(_buffers_of(self._model)):
-            value = saved.get(name)
-            if value is None:
-                raise ConfigError(
-                    f"The step that is loaded has no buffer {name}: wrap the model that it was saved from."
-                )
+        for name, owner, tensor in _buffers_of(self._model):
+            value = rest.buffers[name]
             if value.shape == tensor.shape and value.dtype == tensor.dtype:
                 with torch.no_grad():
                     tensor.copy_(value)
             else:  # one that grows (a cache of rotary tables)
                 owner._buffers[name.rpartition(".")[2]] = value.to(tensor.device)
+        self.user_state.clear()
+        self.user_state.update(rest.user_state)
+        self._left = {name: state for name, state in rest.registered.items() if name not in self._registered}
+        self._early = self._rest = None
+        for name, state in rest.registered.items():
+            if name in self._registered:
+                self._registered[name].load_state_dict(state)
+        _restore_generators(rest.generators, self._device)
+
+    def _refuse_other_groups(self, rest: Rest, manifest: Manifest) -> None:
+        names = {id(member.parameter): member.name for member in self._members}
+        mine = [tuple(names[id(each)] for each in group["params"] if id(each) in names) for group in self._groups()]
+        if mine != list(manifest.groups) or len(rest.groups) != len(mine):
+            raise ConfigError(
+                f"The step that is loaded has optimizer groups of {[len(each) for each in manifest.groups]} parameters, and "
+                f"this optimizer has {[len(each) for each in mine]}, or others in them: build the optimizer as it was built "
+                "then."
+            )
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a step has beside weights and optimizer state; `steps` and `buffers` by name."""
+
+    steps: dict[str, int]
+    groups: list[dict[str, Any]]
+    buffers: dict[str, torch.Tensor]
+    registered: dict[str, Any]
+    user_state: dict[str, Any]
+    generators: dict[str, Any]
+
+
+def _check(rest: Rest) -> None:
+    """ValueError for anything of another type than it is written with."""
+    tensors = [*rest.buffers.values(), rest.generators["torch"]]
+    if not all(isinstance(each, torch.Tensor) for each in tensors):
+        raise ValueError("buffers")
+    dicts = [rest.user_state, rest.registered, rest.generators, *rest.groups]
+    if not all(isinstance(each, dict) for each in dicts):
+        raise ValueError("user_state, registered objects or groups")
+    random.Random().setstate(rest.generators["python"])  # these say by themselves what they do not take
+    np.random.RandomState().set_state(rest.generators["numpy"])
+    if (
+        rest.generators["torch"].shape != torch.get_rng_state().shape
+        or rest.generators["torch"].dtype is not torch.uint8
+    ):
+        raise ValueError("the state of torch's generator")
 
 
 def committing_of(
@@ -369,11 +406,8 @@ def _generators(device: torch.device) -> dict[str, Any]:
 
 def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
     """A step that was trained on another kind of device has no state of this one's, which then goes on as it is."""
-    try:
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])
-        torch.set_rng_state(states["torch"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StateError(f"The random generators of the step do not fit those of this program ({error}).") from error
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

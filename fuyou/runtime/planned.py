@@ -83,7 +83,8 @@ def plan_run(
         pieces = aside // plan.aside_bytes
         extents = plan.committed + pieces
         records = overhead_bytes(extents, extents * plan.state_slots * len(folders))
-        plan = replace(plan, nvme_bytes=plan.nvme_bytes + records + 2 * pieces * plan.aside_bytes)
+        nvme_bytes = plan.nvme_bytes + records + plan.state_slots * pieces * plan.aside_bytes
+        plan = replace(plan, nvme_bytes=nvme_bytes, aside_pieces=pieces)
     refuse_without_room(plan.nvme_bytes, limit, rooms)
     return Planned(target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers)
 

@@ -131,17 +131,16 @@ def aside_of(source: Source | None, tiers: Tiers, plan: Plan) -> Aside | None:
     """Before the store opens: what commits hold beside weights and state; None where steps are not committed."""
     if tiers.store is None or not plan.aside_bytes:
         return None
-    aside = Aside(tiers.store, tiers.buffers(plan.aside_bytes, 1), plan.aside_bytes)
     record = adopted_record(source)
+    adopted: dict[str, list[int]] = {}
     if source is not None and record is not None:
         for name in source.saved.payload["blobs"]:
             numbers = source.saved.blob_extents(name)
             if all(
                 record.parts_of(each, slot)["nbytes"].sum() == plan.aside_bytes for each in numbers for slot in (0, 1)
             ):
-                extents = [tiers.store.place(plan.aside_bytes, "staging", 2, True, adopt=each) for each in numbers]
-                aside.adopt(name, extents)
-    return aside
+                adopted[name] = numbers
+    return Aside(tiers.store, tiers.buffers(plan.aside_bytes, 1), plan.aside_bytes, plan.aside_pieces, adopted)
 
 
 def close(source: Source | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,8 @@ from fuyou.swap.buffers import Buffers
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.store import Extent, Store
 
+SPARE = "spare"  # the name of extents that hold nothing yet
+SLOTS = 2
 Part = tuple[int, torch.Tensor]  # offset in the byte string, (count,) uint8 on the host
 
 
@@ -20,24 +22,29 @@ class Aside:
     have changed, and is checked, kept and superseded as weights are. One thread at a time uses this.
     """
 
-    def __init__(self, store: Store, buffers: Buffers, piece_bytes: int) -> None:
+    def __init__(
+        self, store: Store, buffers: Buffers, piece_bytes: int, pieces: int, adopted: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Before the store opens: `pieces` are placed, and whoever needs more adds to them. `adopted`: the numbers of an
+        earlier run's by name, where the store goes on from it; `put` fills them anew."""
         self._store = store
         self._buffers = buffers
         self._piece_bytes = piece_bytes
-        self._extents: dict[str, list[Extent]] = {}
-        self._nbytes: dict[str, int] = {}
+        self._extents = {name: [self._place(number) for number in numbers] for name, numbers in adopted.items()}
+        spare = self._extents.setdefault(SPARE, [])
+        spare += [self._place(None) for _ in range(pieces - sum(map(len, self._extents.values())))]
+        self._nbytes = dict.fromkeys(self._extents, 0)
         self._checksums: dict[Extent, int] = {}
-
-    def adopt(self, name: str, extents: Sequence[Extent]) -> None:
-        """Those of an earlier run, where the store goes on from it; of `piece_bytes` each. `put` fills them anew."""
-        self._extents[name], self._nbytes[name] = list(extents), 0
 
     def reserve(self, name: str, nbytes: int) -> None:
         """Room for so many bytes. BudgetError or StoreError where the drives have none."""
         extents = self._extents.setdefault(name, [])
         self._nbytes.setdefault(name, 0)
         while len(extents) * self._piece_bytes < nbytes:
-            extents.append(self._store.add(self._piece_bytes, "staging", 2, committed=True))
+            spare = self._extents[SPARE]
+            extents.append(
+                spare.pop(0) if spare else self._store.add(self._piece_bytes, "staging", SLOTS, committed=True)
+            )
 
     def put(self, name: str, nbytes: int, parts: Sequence[Part], before_write: Callable[[], None]) -> None:
         """Make these the bytes of `name`, from the next commit on; what no part covers is zero. `before_write` is called
@@ -57,6 +64,9 @@ class Aside:
 
     def close(self) -> None:
         self._buffers.close()
+
+    def _place(self, number: int | None) -> Extent:
+        return self._store.place(self._piece_bytes, "staging", SLOTS, committed=True, adopt=number)
 
     def _put_piece(self, extent: Extent, start: int, parts: Sequence[Part], before_write: Callable[[], None]) -> None:
         buffer = self._buffers.take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from typing import Any
 
 from fuyou.core.errors import StorageIOError, StoreError
 from fuyou.tiers.checksum import checksum_named
-from fuyou.tiers.folders import DATA, DIRTY, FOLDER, OPEN
+from fuyou.tiers.folders import DATA, DIRTY, FOLDER, HOME, OPEN
 from fuyou.tiers.records import Record, payload_of_newest, read_newest
 
+MOST_PATH_BYTES = 4096
 PIECE_BYTES = 1 << 20  # read at a time where bytes are only looked at
 
 
@@ -145,7 +147,7 @@ def damaged(record: Record, folders: Sequence[str], extent: int, what: str) -> s
 def open_saved(folders: Sequence[str]) -> Saved | None:
     """The newest step of the store that `folders` hold together, whichever of them has its records and wherever the others
     of its drives are; None where no commit was ever begun. StoreError where a step was and cannot be read."""
-    for home in folders:
+    for home in dict.fromkeys([*folders, *map(_home_of, folders)]):
         newest = payload_of_newest(os.path.join(home, FOLDER))
         if newest is not None:
             drives = _drives(home, newest[1], folders)
@@ -155,12 +157,22 @@ def open_saved(folders: Sequence[str]) -> Saved | None:
 
 def was_left_open(folder: str) -> bool:
     """The run whose store this is did not end in order."""
-    return os.path.lexists(os.path.join(folder, FOLDER, OPEN))
+    return os.path.lexists(os.path.join(_home_of(folder), FOLDER, OPEN))
 
 
 def is_dirty(folder: str) -> bool:
     """A live store without commits, of no single step."""
     return os.path.lexists(os.path.join(folder, FOLDER, DIRTY))
+
+
+def _home_of(folder: str) -> str:
+    """The folder with the records of the store that `folder` is a drive of: itself, or as is written there."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        with open(os.path.join(folder, FOLDER, HOME), encoding="utf-8") as file:
+            told = file.read(MOST_PATH_BYTES)
+        if os.path.isabs(told) and "\0" not in told:
+            return told
+    return folder
 
 
 def _drives(home: str, payload: dict[str, Any], given: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.commits import Commit, Commits
 from fuyou.tiers.drives import Drive
 from fuyou.tiers.extents import Extent, Part, Parts, Slot
-from fuyou.tiers.folders import DIRTY, OPEN, refuse_without_room, rooms_of
+from fuyou.tiers.folders import DIRTY, HOME, OPEN, refuse_without_room, rooms_of
 from fuyou.tiers.io import Engine
 from fuyou.tiers.lock import ProcessLock
 from fuyou.tiers.records import Record, encode_payload
@@ -120,6 +120,8 @@ class Store:
                 self._give([(extent, slots) for (extent, _), slots in zip(self._wanted, laid, strict=True)])
                 if self._commits is not None:
                     self._mark(OPEN, b"A run has this store open, or ended without closing it.\n")
+                    for drive in self._drives[1:]:
+                        self._mark(HOME, self._drives[0].folder.encode(), os.path.dirname(drive.path))
                     for drive in self._drives:
                         drive.sync_names()
         except BaseException:
@@ -217,10 +219,10 @@ class Store:
         self._drives[0].sync_names()
         self._marked_dirty = True
 
-    def _mark(self, name: str, text: bytes) -> None:
-        path = os.path.join(self._home, name)
+    def _mark(self, name: str, text: bytes, home: str | None = None) -> None:
+        path = os.path.join(home or self._home, name)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 os.write(descriptor, text)
                 os.fsync(descriptor)
