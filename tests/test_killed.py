@@ -102,4 +102,4 @@ SCRIPT = """
 )
 @pytest.mark.timeout(1800)
 def test_nothing_tells_that_a_run_was_killed(nvme: Path, kills: int, seed: int) -> None:
-    run_script(SCRIPT, str(nvme), str(kills), str(seed))
+    run_script(SCRIPT, str(nvme), str(kills), str(seed), timeout_s=1700)
