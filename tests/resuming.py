@@ -24,14 +24,14 @@ class Normed(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(61, 32)
+        self.embedding = nn.Embedding(61, 64)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(32, 96), nn.Dropout(0.2), nn.GELU(), nn.Linear(96, 32)) for _ in range(3)
+            nn.Sequential(nn.Linear(64, 192), nn.Dropout(0.2), nn.GELU(), nn.Linear(192, 64)) for _ in range(3)
         )
-        self.norm = nn.BatchNorm1d(32)
-        self.frozen = nn.Linear(32, 32)
+        self.norm = nn.BatchNorm1d(64)
+        self.frozen = nn.Linear(64, 64)
         self.frozen.requires_grad_(False)
-        self.head = nn.Linear(32, 61, bias=False)
+        self.head = nn.Linear(64, 61, bias=False)
         self.head.weight = self.embedding.weight
         self.register_buffer("seen", torch.zeros(5000, dtype=torch.int64))  # more than fits into a record
         self.to(dtype)

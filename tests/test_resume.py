@@ -213,8 +213,8 @@ def test_registered_state_that_nobody_asks_for_is_told(nvme):
 
 
 def wider(loop: Loop) -> None:
-    loop.model.layers[2][0] = torch.nn.Linear(32, 64)
-    loop.model.layers[2][3] = torch.nn.Linear(64, 32)
+    loop.model.layers[2][0] = torch.nn.Linear(64, 96)
+    loop.model.layers[2][3] = torch.nn.Linear(96, 64)
 
 
 def deeper(loop: Loop) -> None:
@@ -222,7 +222,7 @@ def deeper(loop: Loop) -> None:
 
 
 def untied(loop: Loop) -> None:
-    loop.model.head.weight = torch.nn.Parameter(torch.zeros(61, 32))
+    loop.model.head.weight = torch.nn.Parameter(torch.zeros(61, 64))
 
 
 def bf16(loop: Loop) -> None:
@@ -238,7 +238,7 @@ def regrouped(loop: Loop) -> None:
 
 
 OTHERS = {
-    "shape": (wider, r"layers\.2\.0\.weight is \(96, 32\) there and \(64, 32\) here"),
+    "shape": (wider, r"layers\.2\.0\.weight is \(192, 64\) there and \(96, 64\) here"),
     "missing": (deeper, r"it lacks extra\.weight, extra\.bias"),
     "tied": (untied, r"it lacks head\.weight"),
     "precision": (bf16, r"in float32, and this run has bfloat16.*precision that it began in"),

@@ -73,6 +73,7 @@ class Committing:
         self._left: dict[
             str, Any
         ] = {}  # registered state of a step that was loaded, for objects that are still to come
+        self._loaded_groups: list[dict[str, Any]] = []  # of that step, until the next one
         self._early: tuple[Encoder, dict[str, Any]] | None = None  # taken at a step whose second half is still to come
         self._rest: tuple[Encoder, dict[str, Any]] | None = None  # the last step's, until a forward trains
         self._payloads: dict[int, bytes] = {}
@@ -103,10 +104,12 @@ class Committing:
             self._aside.reserve("registered", 2 * encoder.nbytes)
         if name in self._left:
             obj.load_state_dict(self._left.pop(name))
+            self._restore_groups()  # a schedule that is made anew sets the rates of its first step
         self._registered[name] = obj
 
     def stepped(self, step: int) -> None:
         """The first half, before the updates of `step` are asked for. ConfigError for a `user_state` that JSON cannot carry."""
+        self._loaded_groups = []
         if self._aside is None:
             return
         self.complete()
@@ -297,12 +300,8 @@ class Committing:
         """Make everything what it is in `rest`. Objects that are not registered yet get theirs when they are."""
         for member in self._members:
             member.step = rest.steps[member.name]
-        for group, values in zip(self._groups(), rest.groups, strict=True):
-            for key, value in values.items():
-                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                    group[key].copy_(value)
-                else:
-                    group[key] = value
+        self._loaded_groups = rest.groups
+        self._restore_groups()
         for name, owner, tensor in _buffers_of(self._model):
             value = rest.buffers[name]
             if value.shape == tensor.shape and value.dtype == tensor.dtype:
@@ -318,6 +317,14 @@ class Committing:
             if name in self._registered:
                 self._registered[name].load_state_dict(state)
         _restore_generators(rest.generators, self._device)
+
+    def _restore_groups(self) -> None:
+        for group, values in zip(self._groups(), self._loaded_groups, strict=bool(self._loaded_groups)):
+            for key, value in values.items():
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
 
     def _refuse_other_groups(self, rest: Rest, manifest: Manifest) -> None:
         names = {id(member.parameter): member.name for member in self._members}
