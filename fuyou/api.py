@@ -24,7 +24,7 @@ from fuyou.report import Report
 from fuyou.runtime import recovery
 from fuyou.runtime.away import Away
 from fuyou.runtime.build import Homes
-from fuyou.runtime.committing import Rest, committing_of
+from fuyou.runtime.committing import committing_of
 from fuyou.runtime.deciding import Deciding
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
@@ -35,7 +35,9 @@ from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.profile import Profiler
+from fuyou.runtime.rest import Rest
 from fuyou.runtime.schedule import BlockCalls, Schedule
+from fuyou.runtime.source import Source, fill_from
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import HookStack
 from fuyou.swap.book import TensorBook
@@ -137,7 +139,7 @@ class Run:
                 self._fill(passed)
             else:
                 rest = self._committing.read(found.saved, found.manifest)
-                recovery.fill_from(found, self._units, self._tiers.writes, self._tiers.store)
+                fill_from(found, self._units, self._tiers.writes, self._tiers.store)
             undo.pop_all()
         try:
             self._install()
@@ -357,7 +359,7 @@ class Run:
         )  # fmt: skip
         return Auto(deciding, lambda: Profiler(self.device, self._clock.stalled_s))
 
-    def _go_on(self, found: recovery.Source, rest: Rest) -> None:
+    def _go_on(self, found: Source, rest: Rest) -> None:
         """The rest of a step whose weights and optimizer state are home; where it came from elsewhere, it is committed."""
         self._tiers.note(found.told)
         self._committing.restore(rest)

@@ -26,7 +26,8 @@ def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
         tell("resumed", first)
         metrics = folder / "metrics"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(lines[:first]))
+        (folder / "cut").write_text("".join(lines[:first]))  # whole or not, whoever kills
+        (folder / "cut").rename(metrics)
         with metrics.open("a") as file:
             for step in range(first, steps):
                 loop.read.clear()

@@ -34,9 +34,11 @@ SCRIPT = """
             "update": draw.choice(["auto", "deferred"]),
         }
 
-    def lines(pipe, until):
+    def lines(pipe, seconds, after_first_word=False):
+        # What comes in so many seconds, from now on or from the first line on.
         text = b""
         os.set_blocking(pipe, False)
+        until = time.monotonic() + (60 if after_first_word else seconds)
         while time.monotonic() < until:
             try:
                 more = os.read(pipe, 1 << 16)
@@ -45,6 +47,8 @@ SCRIPT = """
                 continue
             if not more:
                 break
+            if after_first_word and not text:
+                until = time.monotonic() + seconds
             text += more
         return text
 
@@ -57,24 +61,30 @@ SCRIPT = """
         rows.append(list(loop.read))
     expected = digest(loop.state())
 
+    history = []
     newest, done, in_recovery, at_work, last = 0, None, 0, 0, ["one"]
     for turn in range(kills + 50):
         ours, theirs = os.pipe()
         its = options()
         if not set(its["drives"]) & set(last):  # a store somewhere else is nobody's to look for
             its["drives"] = last
-        began = time.monotonic()
         pid = forked(folder, its, STEPS, theirs)
         os.close(theirs)
         alive = turn >= kills
-        text = lines(ours, began + (600 if alive else draw.random() ** 2 * 0.6 + 0.01))
+        if alive:
+            text = lines(ours, 600)
+        elif turn % 3 == 0:  # while it opens, or recovers
+            text = lines(ours, draw.random() * 0.5)
+        else:
+            text = lines(ours, draw.random() ** 2 * 0.5, after_first_word=True)
         if not alive:
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        text += lines(ours, time.monotonic() + 600)
+        text += lines(ours, 600)
         os.close(ours)
         assert status in (0, -signal.SIGKILL), (turn, status, its)
         told = [line.split() for line in text.decode().splitlines()]
+        history.append((its, told[:1], told[-1:]))
         for verb, what in told:
             if verb == "resumed":
                 assert int(what) >= newest, (turn, its, what, newest)  # never from an older one
@@ -89,8 +99,9 @@ SCRIPT = """
             break
     found = [json.loads(line) for line in (folder / "metrics").read_text().splitlines()]
     assert [each["step"] for each in found] == list(range(STEPS))
-    assert [each["loss"] for each in found] == losses and [each["rows"] for each in found] == rows
-    assert done == expected
+    wrong = [each["step"] for each, loss, its in zip(found, losses, rows) if (each["loss"], each["rows"]) != (loss, its)]
+    assert wrong == [], (wrong, history)
+    assert done == expected, history
     assert in_recovery and at_work, (in_recovery, at_work)
     print("kills", turn, "before the first word", in_recovery, "after it", at_work, "OK", sep=" ")
 """

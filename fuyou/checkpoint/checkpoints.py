@@ -15,7 +15,7 @@ from torch import nn
 from fuyou.core.errors import StateError, StoreError
 from fuyou.runtime.committing import Committing
 from fuyou.runtime.manifest import refuse_other_model, refuse_without_homes, tied_names
-from fuyou.runtime.recovery import Source, check_all, fill_chunk, read_source
+from fuyou.runtime.source import Source, check_all, fill_chunk, read_source
 from fuyou.swap.ranges import Range, Staging, WriteBehind
 from fuyou.swap.unit import Chunk, Unit
 from fuyou.swap.updates import Updates

@@ -4,34 +4,33 @@
 
     at step()                  random generators, `run.user_state`, registered objects that give data: taken before the loop
                                can fetch the next batch
-    at the first forward       hyperparameters of the groups, step counts, buffers, the other registered objects: learning
-    after it, or settle()      rates, loss scales and averages of weights are changed after step()
+    at the first forward       weights, as they are by then, hyperparameters of the groups, step counts, buffers, the other
+    after it that trains,      registered objects: learning rates, loss scales and averages are changed after step(), weights
+    or settle()                may be clamped, and a schedule may wait for an evaluation
 
-A step's commit waits for the second half. What the loop still changes before the next forward that trains (weights that
-are clamped, a schedule that waits for an evaluation) is committed once more, as the same step.
+A step's commit waits for the second half. What the loop changes after settle() and before that forward is committed once
+more, as the same step.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from fuyou.core.errors import ConfigError, StoreError
-from fuyou.core.plain import Decoder, Encoder, check_json
+from fuyou.core.errors import ConfigError
+from fuyou.core.plain import Encoder, check_json
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.runtime.manifest import Manifest, manifest_of
+from fuyou.runtime.rest import Rest, buffers_of, generators, read_rest, restore_generators
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.aside import Aside, Part
 from fuyou.swap.unit import Chunk, Member, Unit
@@ -134,10 +133,11 @@ class Committing:
         self._updates.captured()
 
     def before_forward(self) -> None:
-        """`complete`; and where this forward trains, the step is committed again with what was changed since."""
-        self.complete()
-        if torch.is_grad_enabled():
+        """Of one that trains: `complete`, or where that was done already the step again, with what was changed since. What
+        comes before it (an evaluation, a schedule that waits for its result) belongs to the step."""
+        if torch.is_grad_enabled() and (self._early is not None or self._rest is not None):
             self.complete_again()
+            self.complete()
             self._rest = None
 
     def complete_again(self) -> None:
@@ -153,7 +153,7 @@ class Committing:
         """Called under the lock of the updates, by any thread, when all of the step is written or on its way."""
         if self._store is None:
             return DONE
-        for older in [each for each in self._payloads if each < step]:
+        for older in [each for each in list(self._payloads) if each < step]:  # another thread puts some there
             del self._payloads[older]
         return self._store.commit(step, self._payloads[step])
 
@@ -217,7 +217,7 @@ class Committing:
             )
         sources = {name: obj for name, obj in self._registered.items() if not _changes_after_step(obj)}
         return {
-            "rng": encoder.encode(_generators(self._device), "The state of the random generators"),
+            "rng": encoder.encode(generators(self._device), "The state of the random generators"),
             "user_state": copy.deepcopy(self.user_state),
             "sources": self._encoded(sources, encoder),
         }
@@ -238,7 +238,7 @@ class Committing:
         """The buffers' JSON; their bytes are looked at only where something may have been written to one."""
         key: list[Any] = [
             None if isinstance(owner, _NormBase) else (name, id(tensor), tensor._version)  # past the version counter
-            for name, owner, tensor in _buffers_of(self._model)
+            for name, owner, tensor in buffers_of(self._model)
         ]
         before, encoded = self._buffers
         if key != before or None in key:
@@ -250,46 +250,16 @@ class Committing:
         return encoded
 
     def _encoded_buffers(self, encoder: Encoder) -> dict[str, Any]:
-        return {name: encoder.encode(each, f"Buffer {name}") for name, _, each in _buffers_of(self._model)}
+        return {name: encoder.encode(each, f"Buffer {name}") for name, _, each in buffers_of(self._model)}
 
     # Giving back ------------------------------------------------------------------------------------------------------
 
     def read(self, saved: Saved, manifest: Manifest) -> Rest:
         """What `saved` has beside weights and optimizer state; nothing is changed. StoreError where it has no such thing,
         ConfigError for groups or buffers of another model."""
-        payload, blobs = saved.payload, {}
-
-        def decoder(name: str) -> Decoder:
-            def beside(offset: int, nbytes: int) -> bytes:
-                if name not in blobs:
-                    blobs[name] = saved.blob(name)
-                if not 0 <= offset <= len(blobs[name]) - nbytes:
-                    raise StoreError(f"The step's {name} have no {nbytes} bytes at {offset}.")
-                return blobs[name][offset : offset + nbytes]
-
-            return Decoder(beside)
-
-        try:
-            values = decoder("registered")
-            names = manifest.names
-            counts = [count for count, length in payload["steps"] for _ in range(min(length, len(names) + 1))]
-            if len(counts) != len(names) or not all(type(count) is int and count >= 0 for count in counts):
-                raise ValueError(f"{len(counts)} step counts for {len(names)} parameters")
-            rest = Rest(
-                steps=dict(zip(names, counts, strict=True)),
-                groups=values.decode(payload["groups"]),
-                buffers=decoder("buffers").decode(payload["buffers"]),
-                registered=values.decode(payload["registered"]),
-                user_state=payload["user_state"],
-                generators=values.decode(payload["rng"]),
-            )
-            _check(rest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(
-                f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
-            ) from error
+        rest = read_rest(saved, manifest)
         self._refuse_other_groups(rest, manifest)
-        for name, _, _ in _buffers_of(self._model):
+        for name, _, _ in buffers_of(self._model):
             if name not in rest.buffers:
                 raise ConfigError(
                     f"The step that is loaded has no buffer {name}: wrap the model that it was saved from."
@@ -302,7 +272,7 @@ class Committing:
             member.step = rest.steps[member.name]
         self._loaded_groups = rest.groups
         self._restore_groups()
-        for name, owner, tensor in _buffers_of(self._model):
+        for name, owner, tensor in buffers_of(self._model):
             value = rest.buffers[name]
             if value.shape == tensor.shape and value.dtype == tensor.dtype:
                 with torch.no_grad():
@@ -316,7 +286,7 @@ class Committing:
         for name, state in rest.registered.items():
             if name in self._registered:
                 self._registered[name].load_state_dict(state)
-        _restore_generators(rest.generators, self._device)
+        restore_generators(rest.generators, self._device)
 
     def _restore_groups(self) -> None:
         for group, values in zip(self._groups(), self._loaded_groups, strict=bool(self._loaded_groups)):
@@ -335,35 +305,6 @@ class Committing:
                 f"this optimizer has {[len(each) for each in mine]}, or others in them: build the optimizer as it was built "
                 "then."
             )
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What a step has beside weights and optimizer state; `steps` and `buffers` by name."""
-
-    steps: dict[str, int]
-    groups: list[dict[str, Any]]
-    buffers: dict[str, torch.Tensor]
-    registered: dict[str, Any]
-    user_state: dict[str, Any]
-    generators: dict[str, Any]
-
-
-def _check(rest: Rest) -> None:
-    """ValueError for anything of another type than it is written with."""
-    tensors = [*rest.buffers.values(), rest.generators["torch"]]
-    if not all(isinstance(each, torch.Tensor) for each in tensors):
-        raise ValueError("buffers")
-    dicts = [rest.user_state, rest.registered, rest.generators, *rest.groups]
-    if not all(isinstance(each, dict) for each in dicts):
-        raise ValueError("user_state, registered objects or groups")
-    random.Random().setstate(rest.generators["python"])  # these say by themselves what they do not take
-    np.random.RandomState().set_state(rest.generators["numpy"])
-    if (
-        rest.generators["torch"].shape != torch.get_rng_state().shape
-        or rest.generators["torch"].dtype is not torch.uint8
-    ):
-        raise ValueError("the state of torch's generator")
 
 
 def committing_of(
@@ -392,29 +333,3 @@ _OF_GROUPS = ("params", "param_names")
 def _changes_after_step(obj: Any) -> bool:
     """The loop changes it between step() and the next forward; all others, it changes before or when it fetches data."""
     return isinstance(obj, _AFTER_STEP) or hasattr(obj, "get_last_lr")
-
-
-def _buffers_of(model: nn.Module) -> list[tuple[str, nn.Module, torch.Tensor]]:
-    """(name, owner, tensor) of each buffer, once."""
-    found: dict[int, tuple[str, nn.Module, torch.Tensor]] = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                found.setdefault(id(buffer), (f"{prefix}.{name}" if prefix else name, module, buffer))
-    return list(found.values())
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
-    """A step that was trained on another kind of device has no state of this one's, which then goes on as it is."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

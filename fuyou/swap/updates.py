@@ -169,6 +169,19 @@ class Updates(UpdateQueue):
             )
         self._raise_failure()
 
+    def _await_written(self) -> None:
+        """The last step is all that has not begun to be committed, and it lacks only what `captured` stands for."""
+
+        def written() -> bool:
+            return all(
+                number == self.step and not (step.unpublished or step.unwritten or step.captured)
+                for number, step in self._steps.items()
+            )
+
+        with self._changed:
+            self._await(lambda: self.failure is not None or written(), "every block")
+        self._raise_failure()
+
     def _await_commits(self) -> None:
         """The commits of all steps that were asked for have begun."""
         self._complete()
@@ -206,9 +219,12 @@ class Updates(UpdateQueue):
 
     def claim(self, chunk: Chunk) -> None:
         """Somebody is about to change the chunk's weights or state: no update will have been made from what they were,
-        and no commit names or is about to name the place where they are written."""
+        and no commit names or is about to name the place where they are written.
+
+        The last step's own commit is not waited for where it is still to come: what is changed now is part of it.
+        """
         if self._commit is not None:
-            self._await_commits()
+            self._await_written()
         self.drop(chunk)
         chunk.unit.copied.wait()  # a copy to the device that was under way reads them
         for each in (chunk.weights, chunk.state):

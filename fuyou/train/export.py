@@ -12,7 +12,7 @@ from fuyou.checkpoint.export import MemoryTensor, TensorSource
 from fuyou.checkpoint.pretrained import export_pretrained
 from fuyou.core.errors import ConfigError
 from fuyou.runtime.manifest import SavedTensors
-from fuyou.runtime.recovery import Source, check_all, read_source
+from fuyou.runtime.source import Source, check_all, read_source
 from fuyou.tiers.folders import check_folders
 from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig, read_config
