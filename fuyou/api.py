@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fuyou.checkpoint import checkpoints
 from fuyou.checkpoint.export import SHARD_BYTES, MemoryTensor, TensorSource
 from fuyou.checkpoint.meta_model import give_weights
 from fuyou.checkpoint.pretrained import copy_tokenizer, export_pretrained
@@ -20,11 +21,12 @@ from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, DeadlineError, StateError
 from fuyou.core.sizes import format_bytes, parse_bytes
-from fuyou.core.ticket import Ticket
 from fuyou.plan.planner import Plan
 from fuyou.report import Report
+from fuyou.runtime import recovery
 from fuyou.runtime.away import Away
 from fuyou.runtime.build import Homes
+from fuyou.runtime.committing import committing_of
 from fuyou.runtime.deciding import Deciding
 from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handle import GradientHandle
@@ -35,7 +37,9 @@ from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
 from fuyou.runtime.profile import Profiler
+from fuyou.runtime.rest import Rest
 from fuyou.runtime.schedule import BlockCalls, Schedule
+from fuyou.runtime.source import Source, fill_from
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import HookStack
 from fuyou.swap.book import TensorBook
@@ -122,28 +126,43 @@ class Run:
         self._folders = planned.folders
         self._pid = os.getpid()
         self._open = False
+        self._in_order = True  # the run ends as it was meant to
         self._units = [unit for unit, _ in planned.packed]
         self._numbers = planned.numbers
         self._buffer_bytes = planned.buffer_bytes
         with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
+            found = recovery.find(config.resume, planned, model)
+            undo.callback(recovery.close, found)
             self._tiers = Tiers(
                 planned.plan, planned.folders, planned.nvme_limit_bytes, planned.ram_bytes, planned.gpu_bytes,
-                planned.device, config,
+                planned.device, config, recovery.adopted_record(found),
             )  # fmt: skip
             undo.callback(self._tiers.close)
             self._ledger = self._tiers.ledger
-            homes = Homes(planned.plan, planned.numbers, self._tiers.store)
+            homes = Homes(
+                planned.plan, planned.numbers, self._tiers.store, found.adopted if found is not None else None
+            )
+            aside = recovery.aside_of(found, self._tiers, planned.plan)
             self._tiers.open_store()
             for index, (unit, named) in enumerate(planned.packed):
                 unit.pack(named, self._tiers.races)
                 homes.give(index, unit, self._tiers.resident)
+            self._committing = committing_of(
+                model, self._units, passed, self._tiers, aside, planned.plan.chunk_elements
+            )
             self._make_movers(planned.plan, config, planned.blocks)
-            self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
-            self._fill(passed)
-            self._ledger.discharge("host", "staging", planned.import_bytes)
+            if found is None:
+                self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
+                self._fill(passed)
+                self._ledger.discharge("host", "staging", planned.import_bytes)
+            else:
+                rest = self._committing.read(found.saved, found.manifest)
+                fill_from(found, self._units, self._tiers.writes, self._tiers.store)
             undo.pop_all()
         try:
             self._install()
+            if found is not None:
+                self._go_on(found, rest)
         except BaseException:
             if self._open:  # all is on, and what failed is beside it (no descriptor left to measure with): take it off
                 self.close()
@@ -154,7 +173,8 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._in_order = kind is None
         self.close()
 
     def settle(self) -> None:
@@ -169,6 +189,8 @@ class Run:
         self._gradients.end_backward()
         self._updates.drain()
         self._tiers.writes.drain()
+        self._committing.complete_again()
+        self._updates.drain()
 
     def report(self) -> Report:
         """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""
@@ -216,15 +238,35 @@ class Run:
         export_pretrained(folder, self.model, self._source, shard_bytes=shard_bytes, merge_adapters=merge_adapters)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        raise ConfigError(
-            "run.save is not built yet, and a run cannot be resumed: run.save_pretrained writes the weights."
-        )
+        """Write all that the run is to `folder`, which must not exist yet and is there whole or not at all: weights,
+        optimizer state, and what [Note: what a commit holds] lists, as it is now; not the gradients. Streams: host memory
+        is that of a few chunks. `run.load`, and `wrap` with Config(resume=folder), go on from it with the same bits, under
+        any budgets. ConfigError for a folder that exists, StoreError without room, StorageIOError."""
+        self.settle()
+        checkpoints.save(os.fspath(folder), self._updates.step, self._units, self._committing, self._tiers.writes)
+        if self._folders:
+            recovery.note_saved(self._folders[0], os.path.realpath(folder), self._updates.step)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        raise ConfigError("run.load is not built yet: a run cannot be resumed.")
+        """Make the run what it was when `folder`, a checkpoint or the store of a closed run, was written; gradients go.
+        ConfigError for another model or precision, StoreError for bytes that are damaged: nothing has changed then."""
+        self.settle()
+        found = checkpoints.open_for(os.fspath(folder), self._units, self.model)
+        with contextlib.ExitStack() as undo:
+            undo.callback(found.close)
+            rest = self._committing.read(found.saved, found.manifest)
+            undo.pop_all()
+        self.optimizer.zero_grad()
+        self.optimizer.state.let_go()
+        checkpoints.load(found, self._units, self._swapper, self._updates, self._tiers.writes)
+        self._go_on(found, rest)
 
     def register(self, name: str, obj: Any) -> None:
-        raise ConfigError("run.register is not built yet: a run cannot be resumed.")
+        """Have each commit, and each checkpoint, hold `obj.state_dict()`; where the run goes on from a step that has it,
+        `obj.load_state_dict` is called now. For schedulers, loss scalers, data loaders that know their place, averages of
+        weights. ConfigError for a name that is taken, and for state that is more than numbers, strings and tensors."""
+        self._guard()
+        self._committing.register(name, obj)
 
     @property
     def committed_step(self) -> int:
@@ -234,10 +276,13 @@ class Run:
 
     @property
     def user_state(self) -> dict[str, Any]:
-        raise ConfigError("run.user_state is not built yet: steps are not committed, and a run cannot be resumed.")
+        """A dict of your own, of what JSON can carry and at most 256 KiB, committed with each step as it is when `step()`
+        is called: what of the data has been consumed. Where the run goes on from a step, it is that step's."""
+        return self._committing.user_state
 
     def close(self) -> None:
-        """Drain, make the model and the passed optimizer ordinary again, give every byte, file and thread back.
+        """Drain, make the model and the passed optimizer ordinary again, give every byte and thread back. Where steps are
+        committed the store stays in the nvme folders, and the next run may go on from it (Config(resume=True)).
 
         Weights, gradients and optimizer state that do not fit into free memory are not given back: the weights are
         written to the nvme folder as Hugging Face's layout, and a warning says where. Idempotent; a forked child's call
@@ -252,6 +297,8 @@ class Run:
         try:
             if not self._schedule.torn:
                 self._settle()
+                if self._in_order and self._tiers.store is not None:
+                    self._tiers.store.seal()
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
                 self._updates.give_up()
@@ -285,8 +332,9 @@ class Run:
         )  # fmt: skip
         self._updates = Updates(
             tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
-            handover=self._gradients.handover, commit=self._commit if tiers.durable else None, at_step=config.update == "step",
-            deadline_s=tiers.deadline_s, in_flight=tiers.in_flight, races=tiers.races,
+            handover=self._gradients.handover, commit=self._committing.commit if tiers.durable else None,
+            complete=self._committing.complete, at_step=config.update == "step", deadline_s=tiers.deadline_s,
+            in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
         self._gradients.start(self._updates)
         inbound = plan.staging.inbound
@@ -325,6 +373,9 @@ class Run:
             gauge=self._gauge, device=tiers.link, placing=self._placing(plan, config), update=config.update,
             micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
         )  # fmt: skip
+        self._committing.attach(self._updates)
+        if tiers.durable:
+            self._schedule.restart = "The newest complete step is on the drives: Config(resume=True) goes on from it."
 
     def _placing(self, plan: Plan, config: Config) -> Placing:
         """Who says where activations go."""
@@ -338,10 +389,20 @@ class Run:
             deciding, lambda: Profiler(self.device, self._clock.stalled_s, lambda: self._ledger.most_held("device"))
         )
 
-    def _commit(self, step: int) -> Ticket:
-        if self._tiers.store is None:
-            raise StateError("Steps are committed to drives, and this run has none.")
-        return self._tiers.store.commit(step, {})
+    def _go_on(self, found: Source, rest: Rest) -> None:
+        """The rest of a step whose weights and optimizer state are home; where it came from elsewhere, it is committed."""
+        self._tiers.note(found.told)
+        self._committing.restore(rest)
+        self._updates.go_on(found.saved.step)
+        if found.adopted is None and self._tiers.durable and self._tiers.store is not None:
+            self._tiers.store.rewind(found.saved.step)
+            self._committing.now(found.saved.step)
+            self._updates.commit_again()
+            self._updates.drain()
+        if self._tiers.durable:
+            recovery.forget(found)
+        else:
+            recovery.keep(found, self._folders)
 
     def _fill(self, passed: torch.optim.Optimizer) -> None:
         """Parameters, and state that the passed optimizer has, to their homes. The model keeps its own memory so far."""
@@ -382,6 +443,10 @@ class Run:
             self.model, self._passed, self._members, self._schedule, self._gradients, self._access, enlisting, self._guard
         )  # fmt: skip
         self._schedule.planned = self.optimizer.planned
+        self._schedule.stepped, self._schedule.before_forward = (
+            self._committing.stepped,
+            self._committing.before_forward,
+        )
         self._passed.state.clear()
         self._tiers.link.limit()
         self._installation.replace_step(self._passed)
@@ -459,6 +524,7 @@ class Run:
                         if each is not None:
                             closing.callback(each.release)
             closing.callback(self._swapper.close)
+            closing.callback(self._committing.close)
             closing.callback(self._updates.close)
             closing.callback(self._gradients.close)
             closing.callback(self._stash.close)

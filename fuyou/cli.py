@@ -16,11 +16,9 @@ from fuyou.core.errors import ConfigError, FuyouError
 
 _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
 _NOT_BUILT = {
-    "resume": "a run cannot be resumed yet; `fuyou train` starts a new one",
     "doctor": "`fuyou train CONFIG.yaml --dry-run` refuses what cannot work here",
     "verify": "an exported model is checked by loading it",
     "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
-    "export": "`fuyou train` exports at its end, to model/ in the run's folder; in your own loop, run.save_pretrained does",
 }
 
 
@@ -107,6 +105,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check everything, show what would run, and train nothing.")
     ] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Begin though the nvme folders hold steps of a run that was killed.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune as CONFIG.yaml says; the model, metrics and memory report are in its `output` folder."""
@@ -119,7 +120,38 @@ def train(
     settings = settings.model_copy(update=found._asdict())
     from fuyou.train.job import run_job  # only now: a configuration that is refused need not wait for torch
 
-    run_job(settings, dry_run=dry_run)
+    run_job(settings, dry_run=dry_run, resume=False if discard else None)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a run that was broken off.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key=value", help="Other budgets, drives or io from here on; repeatable."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run from its newest complete step: same bits, as if nothing had happened."""
+    from fuyou.train.resume import read_run
+
+    settings, source = read_run(run, set_ or ())
+    from fuyou.train.job import run_job
+
+    run_job(settings, resume=source)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a run, complete or not.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that is filled.")],
+    debug: Debug = False,
+) -> None:
+    """Write the weights of a run's newest complete step in Hugging Face's layout; nothing is trained."""
+    from fuyou.train.export import export_run
+
+    step = export_run(run, out)
+    print(f"Wrote the weights of step {step} to {out}.")
 
 
 @app.command(

@@ -203,10 +203,16 @@ class Training:
         self.steps = 0
 
     def wrap(
-        self, nvme: Path, io: str = "auto", deadline_s: float = 60.0, ram: str = "1MiB", update: str = "auto"
+        self,
+        nvme: Path,
+        io: str = "auto",
+        deadline_s: float = 60.0,
+        ram: str = "1MiB",
+        update: str = "auto",
+        resume: bool | None = None,
     ) -> fuyou.Run:
         """Weights and state live on NVMe, but what `ram` holds beside staging."""
-        config = fuyou.Config(io=io, deadline_s=deadline_s, update=update)
+        config = fuyou.Config(io=io, deadline_s=deadline_s, update=update, resume=resume)
         run = fuyou.wrap(self.model, self.optimizer, nvme=nvme, ram=ram, gpu="256MiB", device="cpu", config=config)
         self.optimizer = run.optimizer
         return run

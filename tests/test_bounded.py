@@ -41,7 +41,7 @@ def test_100m_parameters_stay_within_the_budgets(tmp_path, shape):
     assert seen["leases_after_close"] == 0
     assert seen["files"][0] == seen["files"][1]
     assert seen["threads"][0] == seen["threads"][1]
-    assert seen["left_in_nvme"] == [FILE]  # what was measured of the drive
+    assert sorted(seen["left_in_nvme"]) == [FILE, "fuyou-store"]  # what was measured of the drive; the last step
 
 
 def small() -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -42,7 +42,8 @@ def wrapped(folders: list[Path], **options: Any) -> tuple[nn.Module, fuyou.Run]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    options = {"ram": "300KiB", "gpu": "256MiB", "device": "cpu", **options}
+    config = fuyou.Config(durability="checkpoint")  # so that every byte on the drives is an extent's
+    options = {"ram": "300KiB", "gpu": "256MiB", "device": "cpu", "config": config, **options}
     return model, fuyou.wrap(model, optimizer, nvme=folders, **options)
 
 
@@ -105,7 +106,10 @@ class TestBits:
         with mounts.drives(tmp_path, one=160 * MIB, two=160 * MIB) as places:
             mine = model()
             optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-3, fused=True)
-            with fuyou.wrap(mine, optimizer, nvme=places, ram="88MiB", gpu="256MiB", device="cpu") as run:
+            config = fuyou.Config(durability="checkpoint")
+            with fuyou.wrap(
+                mine, optimizer, nvme=places, ram="88MiB", gpu="256MiB", device="cpu", config=config
+            ) as run:
                 assert train(mine, run.optimizer) == expected
                 report = run.report().dict()
                 drives = report["drives"]
@@ -197,7 +201,7 @@ class TestFaults:
                 import fuyou
                 from test_drives_training import step, wrapped
                 def notes():
-                    model, run = wrapped(sys.argv[1:], ram="8MiB", config=fuyou.Config(io="io_uring"))
+                    model, run = wrapped(sys.argv[1:], ram="8MiB", config=fuyou.Config(io="io_uring", durability="checkpoint"))
                     with run:
                         step(model, run)
                         return [each for each in run.report().dict()["notes"] if "not registered" in each]

@@ -14,7 +14,7 @@ import pytest
 from fault_tools import FIRST, open_or_skip, run_script
 
 TRAIN = """
-    import resource, signal, sys, warnings
+    import resource, shutil, signal, sys, warnings
     from pathlib import Path
     import fuyou
     from fault_tools import MIB, Memory, Training, assert_empty, plain, random_pages, same
@@ -28,6 +28,7 @@ TRAIN = """
             notes = run.report().dict()["notes"]
         assert same(training.weights(), weights)
         assert_empty(run)
+        shutil.rmtree(folder / "fuyou-store")  # its steps
         return notes
 """
 

@@ -242,7 +242,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize("kind", FIRST)
-def test_a_killed_run_leaves_no_lock_and_no_file_in_the_way(kind: str, nvme: Path) -> None:
+def test_a_killed_run_leaves_no_lock_in_the_way_and_its_steps_are_not_discarded_unasked(kind: str, nvme: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), kind, str(nvme)],
@@ -254,10 +254,17 @@ def test_a_killed_run_leaves_no_lock_and_no_file_in_the_way(kind: str, nvme: Pat
     assert (nvme / "fuyou-store" / "data").exists()  # what it left
     expected, weights = plain(2)
     training = Training()
-    with training.wrap(nvme, io=kind) as run:
+    for _ in range(2):
+        with pytest.raises(
+            StateError, match=r"holds step \d+ of a run that did not end in order: .*resume=True.*resume=False"
+        ):
+            training.wrap(nvme, io=kind)
+    with training.wrap(nvme, io=kind, resume=False) as run:
+        assert run.committed_step == 0
         assert [training.step(), training.step()] == expected
     assert same(training.weights(), weights)
     assert_empty(run)
+    Training().wrap(nvme, io=kind).close()  # that one was closed in order, and this one has no step
     assert os.listdir(nvme) == []
 
 

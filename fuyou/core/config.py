@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "micro_batch": None,
     "io": "auto",
     "verify_reads": False,
+    "resume": None,
     "deadline_s": DEADLINE_S,
     "adam_threads": None,
     "debug_races": None,
@@ -49,12 +51,15 @@ class Config:
         all. "deferred": after it, under the next forward, ahead of each block's use. "speculative": also during backward,
         where it can be taken back if `step()` wants something else. "auto": as "speculative" where that pays, and not for
         a while after guesses were wrong.
-    durability: "step" commits every step to the drives; "checkpoint", and None for now, does not. A run cannot be resumed
-        yet in either.
+    durability: "step" commits every step to the drives, and a run that is killed goes on from the newest. "checkpoint"
+        commits nothing between run.save()s, and writes less. None: "step" where there are drives.
     micro_batch: rows that a block runs at a time, at least 1: weights and gradients move once a step whatever the batch, and
         the device holds the activations of so many rows; None runs the whole batch. Blocks that cannot be cut run whole
         and say so.
     io: "auto" takes io_uring, then threads, then aiofiles, whichever this machine allows first.
+    resume: what becomes of a step that the nvme folders hold. True: the run goes on from the newest, where there is one.
+        False: it is discarded. None: the same, but that of a run that did not end in order is refused. A folder: the run
+        goes on from the newest step of the store, or the checkpoint, that is there.
     deadline_s: seconds, more than 0, after which any wait for a drive, a copy, host memory or a worker is a DeadlineError that
     names the operations in flight.
     adam_threads: threads of the AdamW update, at least 1; None takes one for each physical core but those left for I/O
@@ -77,6 +82,7 @@ class Config:
     micro_batch: int | None
     io: str
     verify_reads: bool
+    resume: bool | str | None
     deadline_s: float
     adam_threads: int | None
     debug_races: int | None
@@ -129,6 +135,12 @@ def _checked(name: str, value: Any) -> Any:
     if name == "debug_races":
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ConfigError(f"debug_races={value!r} must be a seed, a whole number from 0 on, or None for off.")
+        return value
+    if name == "resume":
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not (value is None or isinstance(value, bool) or (isinstance(value, str) and value)):
+            raise ConfigError(f"resume={value!r} must be True, False, None or the folder of a store or a checkpoint.")
         return value
     if name == "deadline_s":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):

@@ -60,3 +60,11 @@ class DivergedError(FuyouError, ArithmeticError):
     """The loss or the gradient is not finite; the update that it belongs to was not made."""
 
     exit_status = 1
+
+
+class StoppedError(FuyouError):
+    """A signal asked the job to stop, and it has, after a step; `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, *, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

@@ -39,6 +39,7 @@ WORKING_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 ACTIVATION_PIECE_BYTES = 4 << 20
 ACTIVATION_BUFFERS = 8
 SMALLEST_PIECE_BYTES = 64 << 10
+LARGEST_ASIDE_BYTES = 256 << 10
 AUTO_SWAPS_FROM_BYTES = 256 << 20  # of host memory; a smaller budget has none to spare for what may not be used
 
 
@@ -89,7 +90,8 @@ class Plan:
     chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
-    `staging_bytes` counts the buffers of `activations` too. `state_slots`: slots of an NVMe extent that updates rewrite.
+    `staging_bytes` counts the buffers of `activations` and `aside_bytes` too. `state_slots`: slots of an NVMe
+    extent that updates rewrite.
     `through`: steps are committed, so weights and state on the host are on NVMe too, in `committed` extents together with
     the others.
     """
@@ -109,6 +111,8 @@ class Plan:
     on_host: frozenset[tuple[int, int]]
     spare: frozenset[tuple[int, int]]
     activations: ActivationMemory
+    aside_bytes: int  # a piece of what commits hold beside the extents, and its buffer; 0 where steps are not committed
+    aside_pieces: int = 0  # of them on the drives, two slots each; known when the parameters' names are
 
     @property
     def arena_bytes(self) -> int:
@@ -141,7 +145,10 @@ def make_plan(
     working = WORKING_BYTES[device_kind]
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
     memory = _plan_activations(ram_bytes, with_nvme, activations)
-    chunk, counts, buffers, staging = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes)
+    aside = _aside_bytes(ram_bytes) if durable else 0
+    chunk, counts, buffers, staging = _plan_staging(
+        units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside
+    )
     if activations == "host":
         memory = replace(memory, pool_bytes=_pool_bytes(units, ram_bytes - staging, with_nvme))
     guesses = update in ("auto", "speculative")
@@ -155,7 +162,7 @@ def make_plan(
         slots, nvme = 1, place.nvme_bytes(1)  # room for one of each: updates wait for `step()`
     return Plan(
         chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, durable, place.committed,
-        frozenset(place.on_host), frozenset(place.spare), memory,
+        frozenset(place.on_host), frozenset(place.spare), memory, aside,
     )  # fmt: skip
 
 
@@ -190,6 +197,13 @@ def _plan_activations(ram_bytes: int, with_nvme: bool, activations: str) -> Acti
         activations in ("host", "nvme") or (activations == "auto" and ram_bytes >= AUTO_SWAPS_FROM_BYTES)
     )
     return ActivationMemory(piece, ACTIVATION_BUFFERS if swaps_to_drives else 0)
+
+
+def _aside_bytes(ram_bytes: int) -> int:
+    piece = LARGEST_ASIDE_BYTES
+    while piece > PAGE_BYTES and 64 * piece > ram_bytes:
+        piece //= 2
+    return piece
 
 
 def _pool_bytes(units: Sequence[UnitNumbers], room: int, with_nvme: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,8 @@ from torch import nn
 from fuyou.core.blocks import Block, owners
 from fuyou.core.errors import ConfigError
 from fuyou.core.layout import Layout
-from fuyou.plan.planner import KINDS, Plan, UnitNumbers, chunk_spans
+from fuyou.core.sizes import align_up
+from fuyou.plan.planner import KINDS, PAGE_BYTES, Plan, UnitNumbers, chunk_spans
 from fuyou.swap.ranges import Range
 from fuyou.swap.unit import Chunk, Unit
 from fuyou.tiers.host import Arena
@@ -92,10 +93,26 @@ def numbers_of(unit: Unit, named: Sequence[tuple[str, nn.Parameter]]) -> UnitNum
     )
 
 
+def committed_of(plan: Plan, numbers: UnitNumbers) -> Iterator[tuple[str, int, int]]:
+    """(kind, chunk number, bytes) of the extents of a unit that records name, where steps are committed."""
+    for kind in ("weights", "optimizer"):
+        for number, (_, count) in enumerate(chunk_spans(numbers.elements, plan.chunk_elements)):
+            nbytes = numbers.bytes_of(kind, count)
+            if nbytes:
+                yield kind, number, align_up(nbytes, PAGE_BYTES)
+
+
 class Homes:
     """Gives every chunk's ranges their home, as the plan says: leases of the arena, extents of the store."""
 
-    def __init__(self, plan: Plan, numbers: Sequence[UnitNumbers], store: Store | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        numbers: Sequence[UnitNumbers],
+        store: Store | None,
+        adopted: Mapping[tuple[int, int, str], int] | None = None,
+    ) -> None:
+        """`adopted`: by (unit, chunk, kind) the numbers of extents that the store goes on with."""
         self._plan = plan
         self._numbers = numbers
         self._extents: dict[tuple[int, int, str], Extent] = {}
@@ -107,7 +124,10 @@ class Homes:
                     on_drives = (index, number) not in plan.on_host or (plan.through and rewritten)
                     if store is not None and nbytes and on_drives:
                         slots = plan.state_slots if rewritten else 1
-                        self._extents[index, number, kind] = store.place(nbytes, kind, slots, committed=rewritten)
+                        self._extents[index, number, kind] = store.place(
+                            nbytes, kind, slots, committed=rewritten,
+                            adopt=adopted[index, number, kind] if adopted is not None and rewritten else None,
+                        )  # fmt: skip
 
     def give(self, index: int, unit: Unit, arena: Arena) -> None:
         """Make the unit's chunks."""
@@ -132,10 +152,12 @@ class Homes:
         if (index, number) in self._plan.on_host:
             home = Range(nbytes, arena.lease(nbytes, kind, self._numbers[index].name))
             home.through = extent
-            return home
+            return home  # what its extent has of an earlier run comes when it is verified
         if extent is None:
             raise ConfigError(f"The {kind} of {self._numbers[index].name} were given no home.")
-        return Range(nbytes, extent)
+        home = Range(nbytes, extent)
+        home.written = extent.written
+        return home
 
 
 def _dtype(name: str, parameter: nn.Parameter, precision: str | None) -> torch.dtype:

@@ -68,7 +68,7 @@ def plan_run(
     packed = make_units(model, optimizer, blocks, config.precision, target)
     numbers = [numbers_of(unit, named) for unit, named in packed]
     buffers = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-    durable = config.durability == "step"
+    durable = config.durability == "step" or (config.durability is None and bool(folders))
     if durable and not folders:
         raise ConfigError("durability='step' commits steps to a drive: give an nvme folder, or leave durability out.")
     if config.activations == "nvme" and not folders:
@@ -81,8 +81,13 @@ def plan_run(
         activations=config.activations,
     )  # fmt: skip
     if durable:
-        records = overhead_bytes(plan.committed, plan.committed * plan.state_slots * len(folders))
-        plan = replace(plan, nvme_bytes=plan.nvme_bytes + records)
+        # What records are too small for: about 200 bytes of JSON a parameter, and the buffers.
+        aside = 200 * sum(len(named) for _, named in packed) + 64 * plan.committed + buffers + 2 * plan.aside_bytes
+        pieces = aside // plan.aside_bytes
+        extents = plan.committed + pieces
+        records = overhead_bytes(extents, extents * plan.state_slots * len(folders))
+        nvme_bytes = plan.nvme_bytes + records + plan.state_slots * pieces * plan.aside_bytes
+        plan = replace(plan, nvme_bytes=nvme_bytes, aside_pieces=pieces)
     refuse_without_room(plan.nvme_bytes, limit, rooms)
     return Planned(
         target, folders, rooms, blocks, packed, numbers, plan, ram_bytes, gpu_bytes, limit, buffers, import_bytes

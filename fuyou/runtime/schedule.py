@@ -112,6 +112,10 @@ class Schedule:
         self._placed: set[Unit] = set()  # in this forward
         self._dropped = 0  # guesses, until the last step
         self.enlist: Callable[[Member], None] = lambda member: None
+        # [Note: what a commit holds]: before the updates of a step are asked for; before a forward.
+        self.stepped: Callable[[int], None] = lambda step: None
+        self.before_forward: Callable[[], None] = lambda: None
+        self.restart = "Start again from the last run.save_pretrained."  # what to do after a step that is torn
         self._lock = threading.RLock()
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
         self._last: dict[str, int | None] = {}  # phase → the block before this one
@@ -139,6 +143,7 @@ class Schedule:
 
     def block_forward(self, block: BlockCalls, args: tuple, kwargs: dict) -> Any:
         """One call of a block: weights in, the next block's on their way, compute, weights free to go."""
+        self.before_forward()
         self._clock.begin()
         self._stash.turn()
         held = self._get(block)
@@ -319,6 +324,7 @@ class Schedule:
 
     def step(self, updates: dict[Member, MemberUpdate]) -> None:
         """Update the members given, chunk by chunk in the order in which the next forward needs them."""
+        self.stepped(self._updates.step + 1)
         self._gradients.end_backward()  # what was changed since is on its way home
         wanted: dict[Chunk, dict[Member, MemberUpdate]] = {}
         for unit in sorted(self._units, key=lambda unit: unit.place):
@@ -358,7 +364,7 @@ class Schedule:
             return ""
         return (
             f"Step {self._updates.step} ended half-way ({type(error).__name__}: {error}): the weights are partly those "
-            "of before and partly those of after it. Start again from the last run.save_pretrained."
+            f"of before and partly those of after it. {self.restart}"
         )
 
     def before_step(self) -> None:

@@ -270,6 +270,13 @@ class StateView(MutableMapping):
                 record.own = state[kind]
         return state
 
+    def let_go(self) -> None:
+        """All of it is about to be replaced: handles that somebody holds keep the value of before, and what was put there at
+        step 0 counts no more."""
+        for member in self._members.values():
+            self._let_go(member, kinds_of(member))
+        self._begun.clear()
+
     def close(self) -> None:
         """Handles that somebody still holds keep their last value, as far as free memory goes."""
         for record in [*self._records.values(), *self._copies]:

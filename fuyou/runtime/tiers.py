@@ -22,6 +22,7 @@ from fuyou.tiers.device import Device
 from fuyou.tiers.folders import Rooms, memory_folders, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
 from fuyou.tiers.io import Engine, LateEngine, open_for_drive
+from fuyou.tiers.records import Record
 from fuyou.tiers.store import Extent, Store
 
 SMALLEST_POOL_BYTES = 1 << 20
@@ -31,7 +32,8 @@ class Tiers:
     """Ledger, store with an I/O engine a drive, host arenas, device link and Adam kernels of one run.
 
     `notes` says in words where something runs in its second-best way. `open_store` comes after the extents are placed.
-    `races`: what delays and poisons all of them, None unless Config(debug_races) asks for it.
+    `adopt`: the step in the folders that the store goes on from. `races`: what delays and poisons all of them,
+    None unless Config(debug_races) asks for it.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class Tiers:
         gpu_bytes: int,
         device: torch.device,
         config: Config,
+        adopt: Record | None = None,
     ) -> None:
         self.notes: list[str] = []
         self.races = None if config.debug_races is None else Races(config.debug_races)
         if self.races is not None:
-            self._note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
+            self.note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
         self._ram_bytes = ram_bytes
         self._pin = device.type == "cuda"
         self.deadline_s = config.deadline_s
@@ -58,7 +61,7 @@ class Tiers:
         )
         self.kernels = load_kernels(threads=config.adam_threads)
         if self.kernels.name == "torch":
-            self._note(f"Adam runs through torch: {native_problem()}")
+            self.note(f"Adam runs through torch: {native_problem()}")
         self.store: Store | None = None
         self._arenas: list[Arena] = []
         self._closers: list[Callable[[], None]] = []  # what `close` calls, last first
@@ -66,7 +69,7 @@ class Tiers:
             undo.callback(self.close)
             self._closers.append(self._close_arenas)  # last of all: memory must outlive the I/O in it
             for text in _folder_notes(folders):
-                self._note(text)
+                self.note(text)
                 warnings.warn(text, stacklevel=4)  # at the call of wrap
             self._committed_bytes = 0
             # Two, so that what stays never stands in the way of a piece of staging in one piece.
@@ -74,7 +77,7 @@ class Tiers:
             self.resident = self._open_arena(plan.resident_bytes)
             self.pool = self._open_arena(plan.activations.pool_bytes) if plan.activations.pool_bytes else None
             if folders:
-                self.store = Store(folders, self.ledger, durable=self.durable)
+                self.store = Store(folders, self.ledger, durable=self.durable, adopt=adopt)
                 self._closers.append(self.store.close)
                 self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
@@ -94,7 +97,7 @@ class Tiers:
             engine = open_for_drive(
                 config.io, folder, share_bytes, self.arena.address, self.arena.nbytes, deadline_s=config.deadline_s
             )
-            self._note(engine.note)
+            self.note(engine.note)
             if self.races is not None:
                 self.races.fill(self.arena.bytes)  # the drive may have been measured in it
                 engine = LateEngine(engine, self.races)
@@ -105,7 +108,7 @@ class Tiers:
         if self.durable:
             refused += store.register(self.resident.address, self.resident.nbytes)
         if refused and refused[0].engine is not None and refused[0].engine.name == "io_uring":
-            self._note(
+            self.note(
                 f"buffers are not registered with {', '.join(drive.folder for drive in refused)}: "
                 f"{refused[0].engine.registration_note}"
             )
@@ -136,7 +139,7 @@ class Tiers:
     def _open_arena(self, nbytes: int) -> Arena:
         arena = Arena(nbytes, self.ledger, pin=self._pin, deadline_s=self.deadline_s, races=self.races)
         self._arenas.append(arena)
-        self._note(arena.note)
+        self.note(arena.note)
         if self.races is None:
             arena.bytes.zero_()  # committed now: memory that is not there is told here, not in the middle of a step
         self._committed_bytes += arena.nbytes
@@ -212,7 +215,8 @@ class Tiers:
         while self._arenas:
             self._arenas.pop().close()
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Say it once, in `notes`."""
         if text and text not in self.notes:  # said once, however many drives have it
             self.notes.append(text)
 

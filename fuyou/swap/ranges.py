@@ -55,9 +55,14 @@ class Range:
         """That place is free: no commit names it."""
         return isinstance(self.home, Lease) or self.home.can_write_ahead
 
+    @property
+    def extent(self) -> Extent | None:
+        """Where it is on the drives, as its home or as a copy."""
+        return self.through if isinstance(self.home, Lease) else self.home
+
     def free_after(self) -> Ticket:
         """What must be done before it may be written: a commit that names the place."""
-        extent = self.through if isinstance(self.home, Lease) else self.home
+        extent = self.extent
         return DONE if extent is None else extent.free_after()
 
     def accept(self) -> None:

@@ -65,11 +65,15 @@ class Update:
 
 @dataclass
 class StepUpdates:
-    """What is left of a step: its updates that are not published yet, and copies on the host to be written through."""
+    """What is left of a step: its updates that are not published yet, and copies on the host to be written through.
+
+    `captured`: what its commit holds beside them is there.
+    """
 
     record: dict[str, Any]
     unpublished: int = 0
     unwritten: int = 0
+    captured: bool = True
     nonfinite: set[str] = field(default_factory=set)
 
 

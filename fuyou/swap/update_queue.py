@@ -114,7 +114,7 @@ class UpdateQueue:
         """Steps that are over, in their order: one in which nothing had a gradient is over at once."""
         while self._steps:
             number, step = next(iter(self._steps.items()))
-            if step.unpublished or step.unwritten:
+            if step.unpublished or step.unwritten or not step.captured:
                 return
             del self._steps[number]
             if self._commit is not None and self.failure is None:
@@ -134,7 +134,7 @@ class UpdateQueue:
         if self.failure is not None:
             return False
         if chunk is None:
-            return bool(self._steps)
+            return any(step.unpublished for step in self._steps.values())
         update = self._updates.get(chunk)
         return update is not None and update.firm
 

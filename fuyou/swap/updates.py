@@ -43,7 +43,8 @@ THROUGH_COUNT = 3  # chunks on their way from the host to the drives: reads are 
 class Updates(UpdateQueue):
     """See [Note: guesses]. `handover(chunk)` gives a gradient's staging (held, or None where it is at home) and the ticket
     of its bytes; `commit(step)` starts a commit (durability "step"; None: steps are not committed), once every update of
-    the step is written or on its way. `at_step`: a step is asked for and made in one.
+    the step is written or on its way, and `captured` has been called after it. `complete()` sees to that where a commit is
+    waited for. `at_step`: a step is asked for and made in one.
 
     `seconds`, since the run began, of the two threads: one waits for commits and for writes, the other for reads, and computes.
     """
@@ -55,6 +56,7 @@ class Updates(UpdateQueue):
         *,
         handover: Callable[[Chunk], tuple[Staging | None, Ticket]],
         commit: Callable[[int], Ticket] | None,
+        complete: Callable[[], None] = lambda: None,
         at_step: bool,
         deadline_s: float,
         in_flight: Callable[[], list[str]],
@@ -63,6 +65,7 @@ class Updates(UpdateQueue):
         super().__init__(buffers, commit, at_step=at_step)
         self._kernels = kernels
         self._handover = handover
+        self._complete = complete
         self._deadline_s = deadline_s
         self._in_flight = in_flight
         self._races = races
@@ -111,7 +114,7 @@ class Updates(UpdateQueue):
         self._start()
         with self._changed:
             self.step += 1
-            self._steps[self.step] = StepUpdates(record, unpublished=len(wanted))
+            self._steps[self.step] = StepUpdates(record, unpublished=len(wanted), captured=self._commit is None)
             record["nonfinite_gradients"] = 0
             for chunk, update in list(self._updates.items()):
                 if not update.firm and chunk not in wanted:
@@ -139,9 +142,56 @@ class Updates(UpdateQueue):
             self._await(lambda: not self._pending(chunk), "every block" if chunk is None else chunk.unit.name)
         self._raise_failure()
 
+    def go_on(self, step: int) -> None:
+        """`step` steps have been made, by an earlier run."""
+        with self._changed:
+            self.step = step
+
+    def captured(self) -> None:
+        """What the last step's commit holds beside the updates' bytes is there."""
+        with self._changed:
+            if self.step in self._steps:
+                self._steps[self.step].captured = True
+                self._end_steps()
+                self._changed.notify_all()
+
+    def commit_again(self) -> None:
+        """The last step once more, where its commit has begun already: something was changed after it."""
+        with self._changed:
+            if not self._steps and self._commit is not None and self.failure is None:
+                self._committed = self._commit(self.step)
+
+    def await_begun(self) -> None:
+        """The commits of all steps before the last have begun: what they hold beside the updates may be written over."""
+        with self._changed:
+            self._await(
+                lambda: self.failure is not None or all(each >= self.step for each in self._steps), "every block"
+            )
+        self._raise_failure()
+
+    def _await_written(self) -> None:
+        """The last step is all that has not begun to be committed, and it lacks only what `captured` stands for."""
+
+        def written() -> bool:
+            return all(
+                number == self.step and not (step.unpublished or step.unwritten or step.captured)
+                for number, step in self._steps.items()
+            )
+
+        with self._changed:
+            self._await(lambda: self.failure is not None or written(), "every block")
+        self._raise_failure()
+
+    def _await_commits(self) -> None:
+        """The commits of all steps that were asked for have begun."""
+        self._complete()
+        with self._changed:
+            self._await(lambda: self.failure is not None or not self._steps, "every block")
+        self._raise_failure()
+
     def drain(self) -> None:
         """`settle`, and every write is done; the step is committed where steps are. Raises their errors."""
-        self.settle()
+        self._await_commits()
         try:
             wait_for([*self._writes])
             self._committed.wait()
@@ -169,9 +219,12 @@ class Updates(UpdateQueue):
 
     def claim(self, chunk: Chunk) -> None:
         """Somebody is about to change the chunk's weights or state: no update will have been made from what they were,
-        and no commit names or is about to name the place where they are written."""
+        and no commit names or is about to name the place where they are written.
+
+        The last step's own commit is not waited for where it is still to come: what is changed now is part of it.
+        """
         if self._commit is not None:
-            self.settle()
+            self._await_written()
         self.drop(chunk)
         chunk.unit.copied.wait()  # a copy to the device that was under way reads them
         for each in (chunk.weights, chunk.state):

@@ -8,12 +8,15 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fuyou.core.errors import StoreError
+
 
 class Checksum(NamedTuple):
-    """`of(address, nbytes)` of host memory; `name` stands in every record, so that a reader knows what to compute."""
+    """`of(address, nbytes, before)` of host memory, behind bytes whose checksum is `before` (0: none); `name` stands in every
+    record, so that a reader knows what to compute."""
 
     name: str  # "crc32c" | "crc32"
-    of: Callable[[int, int], int]
+    of: Callable[..., int]
 
 
 @functools.cache
@@ -25,5 +28,18 @@ def best_checksum() -> Checksum:
     return Checksum("crc32c", crc32c)
 
 
-def _crc32(address: int, nbytes: int) -> int:
-    return zlib.crc32((ctypes.c_char * nbytes).from_address(address))
+def checksum_named(name: str) -> Checksum:
+    """The one that a record names. StoreError where this machine cannot compute it."""
+    if name == "crc32":
+        return Checksum("crc32", _crc32)
+    best = best_checksum()
+    if best.name != name:
+        raise StoreError(
+            f"The bytes of this step have checksums {name!r}, which fuyou computes by its native extension, and that is not "
+            "built here: install a C++17 compiler and fuyou again."
+        )
+    return best
+
+
+def _crc32(address: int, nbytes: int, before: int = 0) -> int:
+    return zlib.crc32((ctypes.c_char * nbytes).from_address(address), before)

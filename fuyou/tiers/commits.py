@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from fuyou.tiers.drives import Drive
 from fuyou.tiers.extents import Extent, Slot
 from fuyou.tiers.lock import ProcessLock
 from fuyou.tiers.record_files import PLACES, RecordFiles, Reserved
-from fuyou.tiers.records import ENTRY, encode_record
+from fuyou.tiers.records import ENTRY, Record, encode_record
 from fuyou.tiers.worker import Job, Worker
 
 
@@ -95,9 +95,47 @@ class Commits:
     def committed_step(self) -> int:
         return self._durable.step if self._durable is not None else 0
 
+    @property
+    def holds_a_step(self) -> bool:
+        """A record may be on the drive: what it names is kept when the store closes."""
+        return self._durable is not None or any(commit.on_drive for commit in self._in_flight)
+
     def open(self) -> None:
         self._files.open()
         self._worker = Worker("fuyou-commits", deadline_s=self._lock.deadline_s, in_flight=self._operations)
+
+    def restore(self, record: Record, extents: int, adopted: Collection[int]) -> None:
+        """Go on behind a record of an earlier run, after `open`: it is the newest durable one, and `extents` numbers are
+        taken, of which `adopted` are used still. Its damaged copies are made whole. StorageIOError."""
+        self._files.restore(record, extents)
+        self._slots, self._checksums, self._nbytes = array("b"), array("I"), array("Q")
+        for index in range(extents):
+            entry = record.entry(index) if index in adopted else None
+            self._slots.append(-1 if entry is None else int(entry["slot"]))
+            self._checksums.append(0 if entry is None else int(entry["checksum"]))
+            self._nbytes.append(int(record.parts_of(index, 0)["nbytes"].sum()))
+        self._number, self._last_step = record.number, record.step
+        state = State(record.step, b"", self._slots[:], array("I"), array("Q"), (), 0, 0)
+        self._durable = Commit(self, state)  # of what is not used any more it need not be true
+
+    def rewind(self, step: int) -> None:
+        """The next commit may be of any step from `step` on: an older one was loaded."""
+        with self._lock:
+            self._last_step = step
+
+    def checksum(self, index: int) -> int:
+        """Of the extent's bytes of now."""
+        return self._checksums[index]
+
+    @property
+    def extent_count(self) -> int:
+        return len(self._slots)
+
+    @property
+    def changed(self) -> bool:
+        """Something is current that no commit was asked for."""
+        with self._lock:
+            return bool(self._unflushed)
 
     @property
     def reserved(self) -> Reserved:

@@ -29,6 +29,7 @@ class Drive:
         self.folder = folder
         self.path = os.path.join(folder, FOLDER, DATA)
         self.nbytes = 0
+        self.kept_bytes = 0  # at the beginning of the file, of an earlier run
         self.bytes_per_s = 0.0
         self.read_bytes = 0
         self.write_bytes = 0
@@ -36,8 +37,9 @@ class Drive:
         self.file: File | None = None
         self._lock: FolderLock | None = None
 
-    def claim(self) -> None:
-        """Lock the folder and clear what a killed run left in it. StoreError where it is in use or takes no file."""
+    def claim(self, keep_bytes: int | None = None) -> None:
+        """Lock the folder and clear what an earlier run left in it, but for `keep_bytes` of its data, its records and their
+        layout. StoreError where it is in use or takes no file."""
         store = os.path.dirname(self.path)
         try:
             os.makedirs(store, mode=0o700, exist_ok=True)
@@ -47,8 +49,12 @@ class Drive:
                 )
             os.chmod(store, 0o700)
             self._lock = FolderLock(store)
-            self._remove_files(all_but=DATA)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            if keep_bytes is None:
+                self._remove_files(all_but=DATA)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            else:
+                os.truncate(self.path, keep_bytes)
+                self.nbytes = self.kept_bytes = keep_bytes
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.rmdir(store)  # only where it is empty
@@ -61,7 +67,7 @@ class Drive:
         """Preallocate the file for what has been placed: a full disk is told here, before training."""
         if self.engine is None:
             raise StateError(f"The drive {self.folder} has no I/O engine yet.")
-        self.preallocate(0, self.nbytes)
+        self.preallocate(self.kept_bytes, self.nbytes - self.kept_bytes)
         self.file = self.engine.open(self.path)
 
     def preallocate(self, offset: int, nbytes: int) -> None:
@@ -90,9 +96,9 @@ class Drive:
         for folder in (os.path.dirname(self.path), self.folder):
             sync_folder(folder)
 
-    def close(self) -> None:
+    def close(self, keep: bool = False) -> None:
         """Waits for what is under way. Nothing of an uncommitted store is of use after its run: the file goes, and with
-        it the folder. Idempotent.
+        it the folder. With `keep` all files stay, for the next run. Idempotent.
 
         After a DeadlineError nothing else has been touched, and the next call goes on from there: where a drive does not
         answer, removing its file would hang. StoreError where the folder cannot be removed; it is unlocked all the same.
@@ -107,9 +113,11 @@ class Drive:
             return
         try:
             with contextlib.ExitStack() as removing:  # in reverse, all of it
-                removing.callback(_remove_folder, os.path.dirname(self.path))
+                if not keep:
+                    removing.callback(_remove_folder, os.path.dirname(self.path))
                 removing.callback(lock.release)
-                removing.callback(self._remove_files)
+                if not keep:
+                    removing.callback(self._remove_files)
         except OSError as error:
             raise StoreError(
                 f"{os.path.dirname(self.path)} could not be removed after the run ({error.strerror}): remove it yourself."
@@ -144,6 +152,16 @@ def preallocate(path: str, offset: int, nbytes: int) -> None:
             f"The nvme folder {folder} has no room: {format_bytes(nbytes)} are needed and "
             f"{format_bytes(free)} are free ({error.strerror}). Free some, or give nvme a list of folders on several drives."
         ) from error
+
+
+def remove_store(folder: str) -> None:
+    """The store in an nvme folder that no run has open. What is not a store's own stays."""
+    home = os.path.join(folder, FOLDER)
+    for name in (*STORE_FILES, "lock"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(home, name))
+    with contextlib.suppress(OSError):
+        _remove_folder(home)
 
 
 def sync_folder(path: str) -> None:

@@ -139,6 +139,11 @@ class Extent:
         """Called by Store only."""
         self._slots += tuple(slots)
 
+    def adopt(self, index: int, slots: Sequence[Slot], current: int | None) -> None:
+        """Called by Store only: an extent of an earlier run, with its number; `current`: the slot with its bytes, if any."""
+        self.index, self._slots = index, tuple(slots)
+        self._current, self.written = current or 0, current is not None
+
     def read(self, address: int, keep: object) -> Ticket:
         """Start reading the extent to `address`; `keep` lives until that has ended."""
         with self._store.lock:  # until it has begun: the slot must not become a guess's in between

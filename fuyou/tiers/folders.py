@@ -18,7 +18,9 @@ DATA = "data"  # in it
 RECORDS = ("commit-0-a", "commit-0-b", "commit-1-a", "commit-1-b")
 LAYOUTS = ("layout-a", "layout-b")
 DIRTY = "dirty"
-STORE_FILES = (*RECORDS, *LAYOUTS, DIRTY, DATA)  # a record goes before the data that it names
+HOME = "home"  # beside the data of every other drive: the path of the first one's folder, which has the records
+OPEN = "open"  # there while a run with commits is: left behind, the run did not end in order
+STORE_FILES = (*RECORDS, *LAYOUTS, DIRTY, OPEN, HOME, DATA)  # a record goes before the data that it names
 FREE_SHARE = 0.95  # of what is free: file systems need some of it for themselves
 
 

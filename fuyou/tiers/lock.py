@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -52,6 +53,13 @@ class FolderLock:
             os.close(self._fd)
             self._fd = -1
             _held.discard(self._key)
+
+
+def refuse_in_use(folder: str) -> None:
+    """StoreError naming the pid where a run has the lock of `folder`; a file that a killed one left is nobody's."""
+    if os.path.exists(os.path.join(folder, "lock")):
+        with contextlib.suppress(OSError):  # where no lock can be had, whoever needs it says why
+            FolderLock(folder).release()
 
 
 class ProcessLock:

@@ -13,9 +13,21 @@ import numpy as np
 from fuyou.core.errors import StorageIOError
 from fuyou.tiers.drives import preallocate
 from fuyou.tiers.folders import LAYOUTS, RECORDS
-from fuyou.tiers.records import LAYOUT_HEADER, LAYOUT_MAGIC, PART, VERSION, layout_bytes, overhead_bytes, record_bytes
+from fuyou.tiers.records import (
+    COPIES,
+    LAYOUT_HEADER,
+    LAYOUT_MAGIC,
+    PART,
+    PLACES,
+    VERSION,
+    Record,
+    layout_bytes,
+    overhead_bytes,
+    record_bytes,
+    record_nbytes,
+)
 
-PLACES, COPIES = 2, 2  # a record's copies are RECORDS[2 * place] and the next
+__all__ = ["PLACES", "RecordFiles", "Reserved"]
 
 
 class Reserved(NamedTuple):
@@ -99,11 +111,29 @@ class RecordFiles:
             self._flushed_parts = part_count
 
     def write(self, place: int, record: bytes) -> None:
-        """Both copies of one place; they are on the drive when this returns."""
-        names = RECORDS[COPIES * place : COPIES * (place + 1)]
-        for name in names:
+        """Both copies of one place; they are on the drive when this returns.
+
+        One after the other, flush and all: a loss of power damages one of them at most, and where both are damaged
+        something else has done it.
+        """
+        for name in RECORDS[COPIES * place : COPIES * (place + 1)]:
             self._write(name, record, 0)
-        self._flush(names)
+            self._flush((name,))
+
+    def restore(self, record: Record, extents: int) -> None:
+        """Go on behind a record that was read: what it names is as it was, and every damaged copy of it is made whole.
+
+        The copy that was read is not touched; `extents`: numbers that are taken.
+        """
+        self.part_count, self.layout_crc = record.part_count, record.layout_crc
+        self.reserved = Reserved(extents, record.part_count)
+        size = LAYOUT_HEADER.size + record.part_count * PART.itemsize
+        for source, copies, nbytes in ((record.layout_path, LAYOUTS, size), (record.path, _copies(record.path), None)):
+            whole = _head(source, nbytes or record_nbytes(record))
+            for name in copies:
+                if _head(self._paths[name], len(whole)) != whole:
+                    self._write(name, whole, 0)
+                    self._flush((name,))
 
     def close(self) -> None:
         while self._files:
@@ -126,6 +156,17 @@ class RecordFiles:
                 os.fdatasync(self._files[name])
             except OSError as error:
                 raise _storage_error(error, f"flush {self._paths[name]}") from error
+
+
+def _copies(path: str) -> tuple[str, ...]:
+    """The names of both copies of a record."""
+    place = RECORDS.index(os.path.basename(path)) // COPIES
+    return RECORDS[COPIES * place : COPIES * (place + 1)]
+
+
+def _head(path: str, nbytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(nbytes)
 
 
 def _storage_error(error: OSError, what: str) -> StorageIOError:

@@ -21,6 +21,7 @@ the extents is named in the record: "crc32c" (RFC 3720) or "crc32" (zlib), over 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -39,6 +40,7 @@ from fuyou.tiers.folders import DATA, FOLDER, LAYOUTS, RECORDS
 MAGIC, LAYOUT_MAGIC = b"FUYOUCMT", b"FUYOULAY"
 VERSION = 1
 MOST_PAYLOAD_BYTES = 1 << 20
+PLACES, COPIES = 2, 2  # a record's copies are RECORDS[2 * place] and the next
 PAGE_BYTES = 4096  # offsets and sizes of parts are multiples of it
 CHECKSUMS = ("crc32c", "crc32")
 
@@ -95,7 +97,8 @@ def encode_record(
 
 @dataclass(frozen=True)
 class Record:
-    """A complete step, as its record tells it. `problems`: copies that are damaged, one line each.
+    """A complete step, as its record tells it. `problems`: copies that are damaged, one line each; `path` and `layout_path`:
+    those that were read.
 
     `entries`: (extents,) of ENTRY. `layout`: (parts,) of PART, by extent and slot, in the order of the bytes.
     """
@@ -106,53 +109,103 @@ class Record:
     payload: dict[str, Any]
     entries: np.ndarray
     layout: np.ndarray
+    path: str
+    layout_path: str
+    layout_crc: int
+    payload_bytes: int
     problems: tuple[str, ...] = ()
+
+    @property
+    def part_count(self) -> int:
+        return len(self.layout)
+
+    @functools.cached_property
+    def _keys(self) -> np.ndarray:
+        return _slot_keys(self.layout["extent"], self.layout["slot"])
 
     def parts(self, row: int) -> np.ndarray:
         """Where the bytes of `entries[row]` lie: (parts,) of PART."""
-        keys = _slot_keys(self.layout["extent"], self.layout["slot"])
-        key = _slot_keys(self.entries["extent"], self.entries["slot"])[row]
-        return self.layout[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
+        return self.parts_of(int(self.entries["extent"][row]), int(self.entries["slot"][row]))
+
+    def parts_of(self, extent: int, slot: int) -> np.ndarray:
+        """Where a slot lies: (parts,) of PART; none where there is no such slot."""
+        key = np.uint64(2 * extent + slot)
+        return self.layout[np.searchsorted(self._keys, key) : np.searchsorted(self._keys, key, "right")]
+
+    def entry(self, extent: int) -> np.void | None:
+        """What the step has of an extent; None where it has no bytes."""
+        row = int(np.searchsorted(self.entries["extent"], extent))
+        return self.entries[row] if row < len(self.entries) and self.entries["extent"][row] == extent else None
+
+
+def record_nbytes(record: Record) -> int:
+    return HEADER_BYTES + len(record.entries) * ENTRY.itemsize + record.payload_bytes
 
 
 def read_newest(folders: Sequence[str]) -> Record:
-    """The newest step that has a record whose every field is right, in the nvme folders of a run in their order.
+    """The newest step that was committed in the nvme folders of a run, in their order; every field of its record is right.
 
     Nothing in a file is trusted before it was checked; the extents' own bytes are not read here. StoreError, with what is
-    wrong with each copy, where there is none.
+    wrong with each copy, where there is none, and where an older step is whole but a newer one may be lost.
     """
     home = os.path.join(folders[0], FOLDER)
-    found: list[_Found] = []
-    problems: list[str] = []
-    for name in RECORDS:
+    newest, problems = _newest_record(home)
+    for name in LAYOUTS:
+        path = os.path.join(home, name)
+        if newest is None:
+            break
         try:
-            record = _read_record(os.path.join(home, name))
+            layout = _read_layout(path, newest, folders)
         except StoreError as error:
             problems.append(str(error))
-        else:
-            found += [record] if record is not None else []
-    for each in sorted(found, key=lambda each: -each.number):
-        for name in LAYOUTS:
-            path = os.path.join(home, name)
-            try:
-                layout = _read_layout(path, each, folders)
-            except StoreError as error:
-                problems.append(str(error))
-                continue
-            return Record(
-                each.number,
-                each.step,
-                each.checksum,
-                each.payload,
-                each.entries,
-                layout,
-                tuple(dict.fromkeys(problems)),
-            )
+            continue
+        return Record(
+            newest.number, newest.step, newest.checksum, newest.payload, newest.entries, layout, newest.path, path,
+            newest.layout_crc, newest.payload_bytes, tuple(dict.fromkeys(problems)),
+        )  # fmt: skip
     raise StoreError(
         f"There is no complete step in {home}: "
         + ("; ".join(dict.fromkeys(problems)) or "no commit was ever begun")
         + ". Begin from a saved checkpoint or from the model's own weights."
     )
+
+
+def payload_of_newest(home: str) -> tuple[int, dict[str, Any]] | None:
+    """(step, payload) of the newest record in the folder `home`, whose layout is not looked at; None where no commit was
+    ever begun. StoreError as `read_newest`."""
+    newest, problems = _newest_record(home)
+    if newest is None and problems and any(os.path.lexists(os.path.join(home, name)) for name in RECORDS):
+        raise StoreError(f"There is no complete step in {home}: {'; '.join(problems)}.")
+    return None if newest is None else (newest.step, newest.payload)
+
+
+def _newest_record(home: str) -> tuple[_Found | None, list[str]]:
+    """With what is wrong with copies. A torn commit leaves one damaged copy (RecordFiles.write): where both copies of a
+    place are damaged, a step that was complete is lost, and an older one must not pass for the newest."""
+    found: list[_Found] = []
+    problems: list[str] = []
+    for place in range(PLACES):
+        damaged = []
+        for name in RECORDS[COPIES * place : COPIES * (place + 1)]:
+            path = os.path.join(home, name)
+            try:
+                record = _read_record(path)
+            except StoreError as error:
+                problems.append(str(error))
+                damaged += [path] if os.path.lexists(path) else []
+            else:
+                found += [record] if record is not None else []
+        if len(damaged) == COPIES:
+            older = (
+                f"; to go on from an older one all the same, remove {' and '.join(damaged)}"
+                if found or place == 0
+                else ""
+            )
+            raise StoreError(
+                f"There is no complete step in {home} that is the newest for sure: both copies of a record are damaged "
+                f"({'; '.join(problems)}), and it may be of a later step than the others. Begin from a saved checkpoint{older}."
+            )
+    return max(found, key=lambda each: each.number, default=None), problems
 
 
 @dataclass(frozen=True)
@@ -162,6 +215,7 @@ class _Found:
     step: int
     checksum: str
     payload: dict[str, Any]
+    payload_bytes: int
     entries: np.ndarray
     part_count: int
     layout_crc: int
@@ -195,7 +249,15 @@ def _read_record(path: str) -> _Found | None:
     if np.any(entries["extent"][1:] <= entries["extent"][:-1]) or np.any(entries["slot"] > 1):
         raise StoreError(f"{path} names extents out of order or slots that do not exist")
     return _Found(
-        path, number, step, checksum, _payload(path, body[size - payload_bytes :]), entries, parts, layout_crc
+        path,
+        number,
+        step,
+        checksum,
+        _payload(path, body[size - payload_bytes :]),
+        payload_bytes,
+        entries,
+        parts,
+        layout_crc,
     )
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fuyou.core.errors import DeadlineError, FuyouError, StateError, StorageIOError
+from fuyou.core.errors import DeadlineError, FuyouError, StateError, StorageIOError, StoreError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up
 from fuyou.core.ticket import Ticket
@@ -15,10 +15,10 @@ from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.commits import Commit, Commits
 from fuyou.tiers.drives import Drive
 from fuyou.tiers.extents import Extent, Part, Parts, Slot
-from fuyou.tiers.folders import DIRTY, refuse_without_room, rooms_of
+from fuyou.tiers.folders import DIRTY, HOME, OPEN, refuse_without_room, rooms_of
 from fuyou.tiers.io import Engine
 from fuyou.tiers.lock import ProcessLock
-from fuyou.tiers.records import encode_payload
+from fuyou.tiers.records import Record, encode_payload
 from fuyou.tiers.shares import UNIT_BYTES, Shares
 
 __all__ = ["Commit", "Extent", "Part", "Slot", "Store"]
@@ -34,15 +34,25 @@ class Store:
     `durable`: steps can be committed, and a kill or a loss of power at any moment leaves the newest one that was
     (`durability="step"`); see [Note: slots of records]. Without, the live store is of use to its own run only, and says
     so by a mark once an extent has been written a second time.
+
+    `adopt`: the newest step in these very folders, which the store goes on from: its extents stay where they are, and
+    `place(adopt=…)` gives them to whoever knows their numbers. The others keep their room and are of no step any more.
+
+    `close` leaves the files of a store that has a step, and beside them the mark OPEN unless `seal` was called before.
     """
 
-    def __init__(self, folders: Sequence[str], ledger: Ledger, durable: bool = False) -> None:
+    def __init__(
+        self, folders: Sequence[str], ledger: Ledger, durable: bool = False, adopt: Record | None = None
+    ) -> None:
         self._ledger = ledger
         self.lock = ProcessLock("the store")  # guards the extents' slots and the commits
         self._placing = ProcessLock("making room in the store")  # one `open`, `add` or `add_slot` at a time
         self._drives = tuple(Drive(folder) for folder in folders)
         self._home = os.path.dirname(self._drives[0].path)
         self._commits = Commits(self._drives, self._home, self.lock, self.in_flight) if durable else None
+        self._adopted = adopt
+        self._adopted_numbers: set[int] = set()
+        self._sealed = False
         self._marked_dirty = False
         self._wanted: list[tuple[Extent, int]] = []  # placed before `open`, with their slots
         self._charged: list[tuple[str, int]] = []
@@ -65,8 +75,8 @@ class Store:
         In this order: a folder that another run uses is told before anything is opened or measured. After a failure,
         `close` gives back what there is.
         """
-        for drive in self._drives:
-            drive.claim()
+        for drive, kept_bytes in zip(self._drives, self._kept_bytes(), strict=True):
+            drive.claim(kept_bytes)
         for drive in self._drives:
             drive.engine, drive.bytes_per_s = open_drive(drive.folder)
             self.lock.deadline_s = self._placing.deadline_s = drive.engine.deadline_s
@@ -75,10 +85,16 @@ class Store:
         """Register host memory with every drive's engine until it closes; returns the drives where that was refused."""
         return [drive for drive in self._drives if drive.engine and not drive.engine.register(address, nbytes)]
 
-    def place(self, nbytes: int, category: str, slots: int, committed: bool = False) -> Extent:
-        """An extent of `nbytes` (rounded up to 4096) in `slots` slots; `committed`: its bytes belong to a step."""
+    def place(
+        self, nbytes: int, category: str, slots: int, committed: bool = False, adopt: int | None = None
+    ) -> Extent:
+        """An extent of `nbytes` (rounded up to 4096) in `slots` slots; `committed`: its bytes belong to a step. `adopt`: the
+        number of one that the adopted step has, with so many bytes and slots (`Record.parts_of`)."""
         extent = Extent(self, align_up(nbytes, UNIT_BYTES), category, committed)
-        self._wanted.append((extent, slots))
+        if adopt is None:
+            self._wanted.append((extent, slots))
+        else:
+            self._adopt(extent, adopt, slots)
         return extent
 
     def open(self) -> None:
@@ -87,10 +103,15 @@ class Store:
         undo = contextlib.ExitStack()  # never called: `close` gives back what there is
         try:
             with self._placing:
+                # What is committed first: the rest is cut off by a run that goes on from here.
+                self._wanted.sort(key=lambda each: not each[0].committed)
                 for extent, slots in self._wanted:
                     self._charge(extent.category, slots * extent.nbytes, "its extents on the drives")
                 if self._commits is not None:
                     self._commits.open()
+                    if self._adopted is not None:
+                        self._commits.restore(self._adopted, _count_of(self._adopted), self._adopted_numbers)
+                        self._charge("staging", self._commits.reserved.nbytes, "the records of its commits")
                     self._reserve(self._wanted, undo)  # first: what it takes is no room for extents
                 shares = self._shares(sum(slots * extent.nbytes for extent, slots in self._wanted))
                 laid = [self._lay(shares, extent.nbytes, slots) for extent, slots in self._wanted]
@@ -98,6 +119,9 @@ class Store:
                     drive.open()
                 self._give([(extent, slots) for (extent, _), slots in zip(self._wanted, laid, strict=True)])
                 if self._commits is not None:
+                    self._mark(OPEN, b"A run has this store open, or ended without closing it.\n")
+                    for drive in self._drives[1:]:
+                        self._mark(HOME, self._drives[0].folder.encode(), os.path.dirname(drive.path))
                     for drive in self._drives:
                         drive.sync_names()
         except BaseException:
@@ -117,9 +141,10 @@ class Store:
         if len(extent.slots) == 1:
             self._grow(extent, 1)
 
-    def commit(self, step: int, payload: dict[str, Any]) -> Commit:
+    def commit(self, step: int, payload: dict[str, Any] | bytes) -> Commit:
         """Begin to make `step` complete: the bytes that every committed extent has now, and `payload` (JSON, at most
-        1 MiB) with them. Returns at once; the ticket is done when a record of it is on the drive, or raises why not.
+        1 MiB; bytes are `encode_payload`'s) with them. Returns at once; the ticket is done when a record of it is on the
+        drive, or raises why not.
 
         StateError for a step below the last one and a store that is not durable, ConfigError for a payload. After a
         failed commit every later one fails with the same error.
@@ -128,9 +153,34 @@ class Store:
             raise StateError(
                 f"Step {step} cannot be committed: the store was not made for it (durability is not 'step')."
             )
-        text = encode_payload(payload)
+        text = payload if isinstance(payload, bytes) else encode_payload(payload)
         with self.lock:
             return self._commits.begin(step, text)
+
+    @property
+    def changed(self) -> bool:
+        """Committed extents have bytes that no commit was asked for."""
+        return self._commits is not None and self._commits.changed
+
+    @property
+    def extent_count(self) -> int:
+        """Numbers of extents that records may name."""
+        return self._commits.extent_count if self._commits is not None else 0
+
+    def rewind(self, step: int) -> None:
+        """Commits may go back to `step`, which was loaded from elsewhere; the next is the newest all the same."""
+        if self._commits is not None:
+            self._commits.rewind(step)
+
+    def checksum(self, extent: Extent) -> int:
+        """Of a committed extent's bytes of now, by the algorithm of `adopted.checksum` until it is written again."""
+        if self._commits is None:
+            raise StateError("Extents have checksums where steps are committed.")
+        return self._commits.checksum(extent.index)
+
+    def seal(self) -> None:
+        """The run ends in order: all that it did is committed, and `close` takes the mark away that says otherwise."""
+        self._sealed = True
 
     @property
     def room_bytes(self) -> int:
@@ -165,18 +215,21 @@ class Store:
         step: what a killed run leaves is not mistaken for one."""
         if self._commits is not None or self._marked_dirty:
             return
-        path = os.path.join(self._home, DIRTY)
+        self._mark(DIRTY, b"The data beside this was being updated in place, and is of no single step.\n")
+        self._drives[0].sync_names()
+        self._marked_dirty = True
+
+    def _mark(self, name: str, text: bytes, home: str | None = None) -> None:
+        path = os.path.join(home or self._home, name)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                os.write(descriptor, b"The data beside this was being updated in place, and is of no single step.\n")
+                os.write(descriptor, text)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise StorageIOError(error.errno or 0, f"cannot mark the store by {path}: {error.strerror}") from error
-        self._drives[0].sync_names()
-        self._marked_dirty = True
 
     def transfer(self, kind: str, slot: Slot, address: int, keep: object) -> Ticket:
         tickets: list[Ticket] = []
@@ -209,16 +262,19 @@ class Store:
         ]
 
     def close(self) -> None:
-        """Waits for what is under way, then removes the files. Every drive is closed even where one fails.
+        """Waits for what is under way, then removes the files of a store without a step. Every drive is closed even where
+        one fails.
 
         Raises the DeadlineError of a drive that does not answer, which the next call tries again, else the first failure:
         that of a commit that nobody waited for before those of closing.
         """
         failures: list[Exception] = []
-        for each in (self._commits, *self._drives):
+        closing: list[Callable[[], None]] = [] if self._commits is None else [self._commits.close]
+        closing += [self._unmark]
+        closing += [lambda drive=drive: drive.close(self._has_step) for drive in self._drives]  # type: ignore[misc]
+        for close in closing:
             try:
-                if each is not None:
-                    each.close()
+                close()
             except Exception as error:
                 failures.append(error)
         for category, nbytes in self._charged:
@@ -227,9 +283,46 @@ class Store:
         if failures:
             raise next((each for each in failures if isinstance(each, DeadlineError)), failures[0])
 
+    @property
+    def _has_step(self) -> bool:
+        return self._adopted is not None or (self._commits is not None and self._commits.holds_a_step)
+
+    def _unmark(self) -> None:
+        if self._sealed and self._has_step:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._home, OPEN))
+                self._drives[0].sync_names()
+
     def in_flight(self) -> list[str]:
         """One line for each operation that has not ended on any drive."""
         return [line for drive in self._drives if drive.engine is not None for line in drive.engine.in_flight()]
+
+    def _kept_bytes(self) -> list[int | None]:
+        """Of each drive's file, what the adopted step's layout reaches to."""
+        if self._adopted is None:
+            return [None] * len(self._drives)
+        kept: list[int | None] = []
+        for index in range(len(self._drives)):
+            its = self._adopted.layout[self._adopted.layout["drive"] == index]
+            kept.append(int((its["offset"] + its["nbytes"]).max(initial=0)))
+        return kept
+
+    def _adopt(self, extent: Extent, index: int, slots: int) -> None:
+        record = self._adopted
+        if record is None:
+            raise StateError("An extent of an earlier step was asked for, and the store begins anew.")
+        laid = [
+            tuple(Part(self._drives[int(part["drive"])], int(part["offset"]), int(part["nbytes"])) for part in parts)
+            for parts in (record.parts_of(index, slot) for slot in range(slots))
+        ]
+        if any(sum(part.nbytes for part in each) != extent.nbytes for each in laid):
+            raise StoreError(
+                f"Extent {index} of the store in {self._home} is not one of {slots} slots of {extent.nbytes} bytes."
+            )
+        self._charge(extent.category, slots * extent.nbytes, "its extents on the drives")
+        entry = record.entry(index)
+        self._adopted_numbers.add(index)
+        extent.adopt(index, laid, None if entry is None else int(entry["slot"]))
 
     def _charge(self, category: str, nbytes: int, what: str) -> None:
         self._ledger.charge("nvme", category, nbytes, what)
@@ -299,3 +392,8 @@ class Store:
         for drive, nbytes in zip(self._drives, sizes, strict=True):
             if drive.nbytes != nbytes:
                 drive.shrink(nbytes)
+
+
+def _count_of(record: Record) -> int:
+    """Numbers of extents that a record's layout has taken."""
+    return int(record.layout["extent"].max()) + 1 if len(record.layout) else 0

@@ -118,14 +118,15 @@ class TrainConfig(BaseModel):
 
     eval_share: Share = 0.05  # of the distinct documents; 0: no held-out loss
     eval_every: Annotated[Integer, Field(ge=1)] | None = None  # null: before the first step and after the last
-    save_every: Integer | None = None
-    save_total_limit: Integer | None = None
+    save_every: Annotated[Integer, Field(ge=1)] | None = None  # steps between checkpoints; null: none
+    save_total_limit: Annotated[Integer, Field(ge=1)] | None = None  # the newest that are kept; null: all
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
 
-    def core(self) -> Config:
+    def core(self, resume: bool | str | None = None) -> Config:
         """The part that `fuyou.wrap` takes as its `config`; ConfigError for what it refuses."""
         return Config(
+            resume=resume,
             precision=self.precision,
             activations=self.activations,
             durability=self.durability,
@@ -244,9 +245,6 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     for name in ("nvme_limit", "ram", "gpu"):
         if getattr(config, name) is not None:
             parse_bytes(getattr(config, name), name)
-    for name, instead in _NOT_BUILT.items():
-        if getattr(config, name):
-            raise ConfigError(f"{name}={getattr(config, name)!r} is not built yet: leave it out; {instead}.")
     check_trackers(config.report_to)
     if config.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("lora needs the package peft, which is not installed: pip install 'fuyou[lora]'.")
@@ -264,9 +262,3 @@ def _resolved(config: TrainConfig) -> TrainConfig:
         folders = [os.path.expanduser(item) for item in config.nvme_folders()]
         home["nvme"] = folders[0] if isinstance(config.nvme, str) else folders
     return config.model_copy(update=home)
-
-
-_NOT_BUILT = {
-    "save_every": "a run is saved once, at its end, to output/model",
-    "save_total_limit": "a run is saved once, at its end, to output/model",
-}

@@ -3,6 +3,7 @@ output folder is made."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections.abc import Sequence
@@ -14,18 +15,20 @@ import numpy as np
 import torch
 
 from fuyou.api import Run, wrap
-from fuyou.core.errors import ConfigError
+from fuyou.core.errors import ConfigError, FuyouError
 from fuyou.report import Report
 from fuyou.tiers.folders import check_folders
 from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows
 from fuyou.train.documents import read_documents, split
-from fuyou.train.loop import epoch_count, step_count, train
+from fuyou.train.loop import epoch_count, save_checkpoint, step_count, train
 from fuyou.train.model import load_configuration, load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output, say
 from fuyou.train.packing import allows_packing
 from fuyou.train.preview import preview
+from fuyou.train.resume import checkpoints
+from fuyou.train.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ class Inputs:
         return {name: rows.statistics.to_dict() for name, rows in sets.items() if rows is not None}
 
 
-def run_job(config: TrainConfig, dry_run: bool = False) -> None:
+def run_job(config: TrainConfig, dry_run: bool = False, resume: bool | str | None = None) -> None:
     """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, model/.
 
-    dry_run: resolve everything, refuse what would be refused, print what would run, and leave nothing behind.
+    dry_run: resolve everything, refuse what would be refused, print what would run, and leave nothing behind. resume: what
+    the run goes on from, as Config's; then the folder is its own. False: steps that the nvme folders hold are discarded.
     """
     output = Path(config.output)
-    check_output(output)
+    if not resume:
+        check_output(output)
     check_folders(config.nvme_folders())
     inputs = read_inputs(config)
     seed_everything(config.seed)
@@ -60,10 +65,15 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
         print(preview(model, optimizer, config, inputs.training))
         return
 
-    with wrapped(model, optimizer, config) as run:
-        with opened_output(output, config) as metrics:
-            seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
-            result = train(run, config, inputs.training, inputs.held_out, metrics)
+    with wrapped(model, optimizer, config, resume) as run:
+        with opened_output(output, config, going_on=bool(resume)) as metrics, Stop() as stop:
+            if not run.user_state:
+                seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
+            try:
+                result = train(run, config, inputs.training, inputs.held_out, metrics, stop)
+            except BaseException:
+                say_how_to_go_on(run, config)
+                raise
         run.save_pretrained(output / "model", merge_adapters=config.lora is not None and config.lora.merge)
         inputs.tokenizer.save_pretrained(output / "model")
         report = Report({**run.report().dict(), "data": inputs.statistics()})
@@ -72,7 +82,21 @@ def run_job(config: TrainConfig, dry_run: bool = False) -> None:
     print(summary(output, result))
 
 
-def wrapped(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Run:
+def say_how_to_go_on(run: Run, config: TrainConfig) -> None:
+    """The job is broken off: which step is complete, and what goes on from it. Where no step is committed, one is saved."""
+    with contextlib.suppress(FuyouError):  # of a drive, say, that failed: its last step stands
+        run.settle()
+        if config.nvme is None or config.durability == "checkpoint":
+            save_checkpoint(run, config, run.user_state.get("step", 0))
+    saved = [path.name.removeprefix("step-") for path in checkpoints(Path(config.output))[-1:]]
+    step = run.committed_step or (saved[0] if saved else 0)
+    if step:
+        say(f"Step {step} is complete: `fuyou resume {config.output}` goes on from it.")
+
+
+def wrapped(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, resume: bool | str | None = None
+) -> Run:
     """The run, with what it warns of and notes said a sentence a line."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -84,7 +108,7 @@ def wrapped(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Tr
             ram=config.ram,
             gpu=config.gpu,
             device=config.device,
-            config=config.core(),
+            config=config.core(resume),
         )
     for line in dict.fromkeys([*run.report().dict()["notes"], *(str(each.message) for each in warned)]):
         say(line)

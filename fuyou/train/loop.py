@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
 from fuyou.train.loss import DeferredHead
 from fuyou.train.output import Metrics, say
+from fuyou.train.resume import CHECKPOINTS, prune
 from fuyou.train.schedule import learning_rate_factor
+from fuyou.train.signals import Stop
 
 SKIPS_IN_A_ROW = 10  # updates left out one after another, under `nonfinite: skip`, before a run is given up
 
@@ -58,19 +61,27 @@ def row_batches(config: TrainConfig, rows: int) -> Iterator[list[list[int]]]:
         yield [step[start : start + config.batch_size] for start in range(0, len(step), config.batch_size)]
 
 
-def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, metrics: Metrics) -> dict[str, Any]:
+def train(
+    run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, metrics: Metrics, stop: Stop
+) -> dict[str, Any]:
     """Train `run.model` for all its steps; return {"steps", "skipped", "eval_loss_before", "eval_loss_after"}.
 
     The loss of a step is the plain mean of its backwards' losses, each a mean over that batch's own labels: backward is
     called on loss / backwards, as in a plain PyTorch loop. Where the loss or the gradient norm of a step is not finite,
     its update is not made: DivergedError, or with `nonfinite: skip` training goes on with the next rows, until
     `SKIPS_IN_A_ROW` steps in a row came to nothing.
+
+    `run.user_state` says how far the loop has come; where the run goes on from a step, so does the loop. A checkpoint is
+    saved every `save_every` steps. StoppedError when `stop` was asked for, after a step.
     """
     steps = step_count(config, len(training))
     scheduler = LambdaLR(run.optimizer, learning_rate_factor(config.schedule, config.warmup_steps, steps))
     head = DeferredHead(run.model, say) if config.loss == "chunked" else None
-    losses: dict[int, float] = {}
-    skipped = in_a_row = 0
+    run.register("schedule", scheduler)
+    first = run.user_state.get("step", 0)
+    losses = {int(step): loss for step, loss in run.user_state.get("losses", {}).items()}
+    skipped, in_a_row = run.user_state.get("skipped", 0), run.user_state.get("in_a_row", 0)
+    metrics.cut_back(first)
 
     def evaluate(step: int) -> None:
         if held_out is not None and step not in losses:
@@ -83,9 +94,12 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             bar.write(f"step {step}: held-out loss {losses[step]:.4f}", file=sys.stderr)
 
     with _progress(steps) as bar:
-        evaluate(0)
+        bar.update(first)
+        if first == 0 or (config.eval_every is not None and first % config.eval_every == 0):
+            evaluate(first)
         run.model.train()
-        for step, batches in enumerate(row_batches(config, len(training)), start=1):
+        for step, batches in itertools.islice(enumerate(row_batches(config, len(training)), start=1), first, None):
+            stop.check(step - 1)
             started = time.perf_counter()
             learning_rate = scheduler.get_last_lr()[0]
 
@@ -93,6 +107,8 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             norm = _clip(run, config) if math.isfinite(loss) else None
             problem = _not_finite(step, loss, norm)
             if not problem:
+                told = {str(at): value for at, value in losses.items()}
+                run.user_state.update(step=step, skipped=skipped, in_a_row=0, losses=told)
                 run.optimizer.step()
             _advance(scheduler, stepped=not problem)
             run.optimizer.zero_grad()
@@ -109,12 +125,23 @@ def train(run: Any, config: TrainConfig, training: Rows, held_out: Rows | None, 
             )  # fmt: skip
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-            if config.eval_every is not None and step % config.eval_every == 0:
+            if config.save_every is not None and step % config.save_every == 0:
+                save_checkpoint(run, config, step)
+            if stop.asked is None and config.eval_every is not None and step % config.eval_every == 0:
                 evaluate(step)
+        stop.check(steps)
         evaluate(steps)
     return {
         "steps": steps, "skipped": skipped, "eval_loss_before": losses.get(0), "eval_loss_after": losses.get(steps),
     }  # fmt: skip
+
+
+def save_checkpoint(run: Any, config: TrainConfig, step: int) -> None:
+    """output/checkpoints/step-N, unless the run saved it before it was broken off; the oldest of too many go."""
+    folder = Path(config.output) / CHECKPOINTS / f"step-{step}"
+    if not folder.exists():
+        run.save(folder)
+    prune(Path(config.output), config.save_total_limit)
 
 
 def held_out_loss(run: Any, rows: Rows, batch_size: int, head: DeferredHead | None) -> tuple[float, int]:

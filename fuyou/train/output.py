@@ -16,6 +16,7 @@ import yaml
 
 from fuyou.core.errors import ConfigError
 from fuyou.train.config import TrainConfig
+from fuyou.train.resume import cut_metrics
 from fuyou.train.trackers import Trackers
 
 _BEGUN = ("config.yaml", "metrics.jsonl", "tensorboard", "wandb")  # what there is before the first step
@@ -26,8 +27,9 @@ class Metrics:
     """metrics.jsonl: an object a step, and one a held-out evaluation, each in the file as soon as it is known, and then
     with the trackers."""
 
-    def __init__(self, path: Path, trackers: Trackers) -> None:
-        self._file = path.open("x", encoding="utf-8")
+    def __init__(self, path: Path, trackers: Trackers, going_on: bool = False) -> None:
+        self._path = path
+        self._file = path.open("a" if going_on else "x", encoding="utf-8")
         self._trackers = trackers
         self.steps = 0
 
@@ -40,6 +42,12 @@ class Metrics:
     def write_evaluation(self, **values: Any) -> None:
         """step (0: before the first), eval_loss, tokens (that were predicted), seconds."""
         self._write(values)
+
+    def cut_back(self, step: int) -> None:
+        """The run goes on from `step`: what came after it is not there any more."""
+        self._file.close()
+        cut_metrics(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -82,19 +90,21 @@ def _which(output: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened_output(output: Path, config: TrainConfig) -> Iterator[Metrics]:
+def opened_output(output: Path, config: TrainConfig, going_on: bool = False) -> Iterator[Metrics]:
     """The folder with its config.yaml, open metrics and the trackers of `report_to`. A run that fails before its first
-    step is done, such as one whose first backward passes a budget, leaves none of it behind."""
+    step is done, such as one whose first backward passes a budget, leaves none of it behind; one that is `going_on`
+    leaves all."""
     existed = output.exists()
     output.mkdir(parents=True, exist_ok=True)
     before = set(output.iterdir())
     (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    metrics = Metrics(output / "metrics.jsonl", Trackers(config.report_to, output, config.model_dump(mode="json"), say))
+    trackers = Trackers(config.report_to, output, config.model_dump(mode="json"), say)
+    metrics = Metrics(output / "metrics.jsonl", trackers, going_on)
     try:
         yield metrics
     finally:
         metrics.close()
-        if metrics.steps == 0:
+        if metrics.steps == 0 and not going_on:
             _remove_run(output, before)
             if not existed and not any(output.iterdir()):
                 output.rmdir()

@@ -1,0 +1,159 @@
+"""Writing a step as a store of its own: one folder, one slot an extent, whole or not there at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from fuyou.core.errors import ConfigError, StorageIOError, StoreError
+from fuyou.core.sizes import align_up, format_bytes
+from fuyou.tiers.checksum import best_checksum
+from fuyou.tiers.drives import sync_folder
+from fuyou.tiers.folders import DATA, FOLDER, LAYOUTS, RECORDS
+from fuyou.tiers.record_files import RecordFiles, Reserved
+from fuyou.tiers.records import ENTRY, PAGE_BYTES, encode_payload, encode_record, overhead_bytes
+from fuyou.tiers.saved import PIECE_BYTES, Saved
+
+_FLUSH_BYTES = 64 << 20  # dirty page cache that a checkpoint may hold
+
+
+class SavedWriter:
+    """A folder that read_newest reads, written extent by extent and put under its name when all is on the drive.
+
+    Its data file is the extents one after the other, each in whole pages: the very bytes of a store's slots, so that they
+    may be copied from there by any means. Used in a `with`: what is not finished is removed.
+    """
+
+    def __init__(self, folder: str, nbytes: int) -> None:
+        """`folder` must not exist yet, `nbytes` are to come. ConfigError, StoreError where there is no room."""
+        self.folder = os.path.realpath(folder)
+        above = os.path.dirname(self.folder)
+        if os.path.lexists(self.folder):
+            raise ConfigError(f"The checkpoint {folder} exists already: name a folder that does not, or remove it.")
+        try:
+            os.makedirs(above, exist_ok=True)
+            free = shutil.disk_usage(above).free
+            needed = nbytes + overhead_bytes(1, 1) + (1 << 20)
+            if needed > free:
+                raise StoreError(
+                    f"The checkpoint {folder} needs {format_bytes(needed)} ({needed} bytes) and {format_bytes(free)} are "
+                    f"free, {format_bytes(needed - free)} short: free some, or name a folder on another drive."
+                )
+            self._draft = tempfile.mkdtemp(dir=above, prefix=f".{os.path.basename(self.folder)}.")
+            self._home = os.path.join(self._draft, FOLDER)
+            os.mkdir(self._home, 0o700)
+            path = os.path.join(self._home, DATA)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _storage_error(error, f"make the checkpoint {folder}") from error
+        self._checksum = best_checksum()
+        self._entries: list[tuple[int, int, int, int]] = []
+        self._parts: list[tuple[int, int, int, int, int]] = []
+        self._offset = self._flushed = 0
+
+    def __enter__(self) -> SavedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        shutil.rmtree(self._draft, ignore_errors=True)
+
+    def begin(self, extent: int, nbytes: int) -> None:
+        """The bytes of `extent` come now, by `write`; numbers ascend."""
+        self._entries.append((nbytes, extent, 0, 0))
+        self._parts.append((extent, 0, 0, self._offset, nbytes))
+
+    def write(self, data: memoryview) -> None:
+        """More bytes of the extent that was begun."""
+        nbytes, extent, checksum, slot = self._entries[-1]
+        checksum = self._checksum.of(np.frombuffer(data, np.uint8).ctypes.data, data.nbytes, checksum)
+        self._entries[-1] = (nbytes, extent, checksum, slot)
+        while data.nbytes:
+            try:
+                count = os.write(self._file, data)
+            except OSError as error:
+                raise _storage_error(
+                    error, f"write {data.nbytes} bytes at {self._offset} of the checkpoint {self.folder}"
+                ) from error
+            data, self._offset = data[count:], self._offset + count
+        if self._offset - self._flushed >= _FLUSH_BYTES:
+            self._flush()
+
+    def put(self, extent: int, data: memoryview) -> None:
+        """A whole extent, filled up with zeros to a page."""
+        nbytes = align_up(data.nbytes, PAGE_BYTES)
+        self.begin(extent, nbytes)
+        self.write(data)
+        self.write(memoryview(bytes(nbytes - data.nbytes)))
+
+    def finish(self, step: int, payload: dict[str, Any]) -> None:
+        """All is on the drive and under its name when this returns."""
+        self._flush()
+        files = RecordFiles(self._home, 1)
+        files.open()
+        try:
+            files.reserve(Reserved(len(self._entries), len(self._parts)))
+            files.append(self._parts)
+            files.flush_layout(files.part_count)
+            record = encode_record(
+                number=0, step=step, checksum=self._checksum.name, entries=np.array(self._entries, ENTRY),
+                payload=encode_payload({**payload, "folders": [self.folder]}), parts=files.part_count,
+                layout_crc=files.layout_crc,
+            )  # fmt: skip
+            files.write(0, record)
+        finally:
+            files.close()
+        self._trim(len(record))
+        try:
+            for folder in (self._home, self._draft):
+                sync_folder(folder)
+            os.rename(self._draft, self.folder)
+        except OSError as error:
+            raise _storage_error(error, f"put the checkpoint {self.folder} under its name") from error
+        sync_folder(os.path.dirname(self.folder))
+
+    def _trim(self, record_bytes: int) -> None:
+        """Nothing is ever written to these files again: they need no room to grow."""
+        for name in RECORDS[2:]:
+            os.truncate(os.path.join(self._home, name), 0)
+        for name in RECORDS[:2]:
+            os.truncate(os.path.join(self._home, name), align_up(record_bytes, PAGE_BYTES))
+        for name in (*RECORDS, *LAYOUTS):
+            descriptor = os.open(os.path.join(self._home, name), os.O_RDONLY | os.O_CLOEXEC)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def _flush(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise _storage_error(error, f"flush the checkpoint {self.folder}") from error
+        os.posix_fadvise(self._file, 0, self._offset, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._offset
+
+
+def copy_saved(saved: Saved, folder: str) -> None:
+    """The step of a store as a checkpoint in `folder`, through 1 MiB of memory; the bytes are checked on their way, so that
+    what was damaged is not copied. StoreError, StorageIOError."""
+    extents = [(int(each["extent"]), int(each["nbytes"])) for each in saved.record.entries]
+    piece = ctypes.create_string_buffer(PIECE_BYTES)
+    with SavedWriter(folder, sum(nbytes for _, nbytes in extents)) as writer:
+        for extent, nbytes in extents:
+            saved.check(extent, f"extent {extent}")
+            writer.begin(extent, nbytes)
+            for offset in range(0, nbytes, PIECE_BYTES):
+                view = memoryview(piece).cast("B")[: min(PIECE_BYTES, nbytes - offset)]
+                saved.read(extent, offset, view)
+                writer.write(view)
+        writer.finish(saved.step, saved.payload)
+
+
+def _storage_error(error: OSError, what: str) -> StorageIOError:
+    return StorageIOError(error.errno or 0, f"cannot {what}: {error.strerror}")

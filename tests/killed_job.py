@@ -1,0 +1,60 @@
+"""The process that test_killed.py kills: a fork that trains, from wherever the one before it came to."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from resuming import Loop, digest
+
+import fuyou
+
+
+def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
+    """Train to `steps`. Tells the pipe "resumed N", then "committed N" once `run.committed_step` says so, and "done DIGEST"
+    of the last state; metrics are a line a step in folder/metrics, cut back to the step that the run goes on from."""
+
+    def tell(*words: object) -> None:
+        os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
+
+    loop = Loop()
+    nvme = [folder / name for name in options.pop("drives")]
+    with loop.wrapped(nvme, resume=True, **options) as run:
+        first = told = run.committed_step
+        tell("resumed", first)
+        metrics = folder / "metrics"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        (folder / "cut").write_text("".join(lines[:first]))  # whole or not, whoever kills
+        (folder / "cut").rename(metrics)
+        with metrics.open("a") as file:
+            for step in range(first, steps):
+                loop.read.clear()
+                loss = loop.step()
+                file.write(json.dumps({"step": step, "loss": loss.hex(), "rows": loop.read}) + "\n")
+                file.flush()
+                if run.committed_step > told:
+                    told = run.committed_step
+                    tell("committed", told)
+            run.settle()
+            tell("committed", run.committed_step)
+        tell("done", digest(loop.state()))
+
+
+def forked(folder: Path, options: dict, steps: int, pipe: int) -> int:
+    """The pid of a child that works, and leaves with status 0 when it is through."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work(folder, dict(options), steps, pipe)
+            code = 0
+        except BaseException as error:
+            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return pid
+
+
+assert fuyou.__name__ == "fuyou"  # imported here, once, for all forks
