@@ -21,37 +21,23 @@ from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, DeadlineError, StateError
 from fuyou.core.sizes import format_bytes, parse_bytes
-from fuyou.plan.planner import Plan
 from fuyou.report import Report
 from fuyou.runtime import recovery
-from fuyou.runtime.away import Away
 from fuyou.runtime.build import Homes
 from fuyou.runtime.committing import committing_of
-from fuyou.runtime.deciding import Deciding
 from fuyou.runtime.enlist import Enlisting
+from fuyou.runtime.handing_back import HandingBack
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
-from fuyou.runtime.measure import StepClock, TemporariesGauge, free_host_bytes, peak_rss_bytes, rss_bytes
-from fuyou.runtime.micro_batch import MicroBatches
+from fuyou.runtime.measure import free_host_bytes, peak_rss_bytes, rss_bytes
+from fuyou.runtime.movers import Movers
 from fuyou.runtime.optimizer import Optimizer
-from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned, plan_run
-from fuyou.runtime.profile import Profiler
 from fuyou.runtime.rest import Rest
-from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.source import Source, fill_from
 from fuyou.runtime.tiers import Tiers
-from fuyou.swap.activations import HookStack
-from fuyou.swap.book import TensorBook
-from fuyou.swap.gradients import Gradient, Gradients
-from fuyou.swap.loader import Loader
-from fuyou.swap.optimizer_state import StateAccess, fill
-from fuyou.swap.placement import PLACEMENTS
-from fuyou.swap.stash import Stash
-from fuyou.swap.unit import Member
-from fuyou.swap.updates import Updates
-from fuyou.swap.weights import Swapper
-from fuyou.tiers.scratch import Scratch
+from fuyou.swap.gradients import Gradient
+from fuyou.swap.optimizer_state import fill
 
 
 def wrap(
@@ -128,7 +114,6 @@ class Run:
         self._open = False
         self._in_order = True  # the run ends as it was meant to
         self._units = [unit for unit, _ in planned.packed]
-        self._numbers = planned.numbers
         self._buffer_bytes = planned.buffer_bytes
         with contextlib.ExitStack() as undo:  # whatever fails below: the model is as it was, nothing stays open
             found = recovery.find(config.resume, planned, model)
@@ -150,7 +135,8 @@ class Run:
             self._committing = committing_of(
                 model, self._units, passed, self._tiers, aside, planned.plan.chunk_elements
             )
-            self._make_movers(planned.plan, config, planned.blocks)
+            self._movers = Movers(model, self._units, planned, self._tiers, self._committing, config)
+            self._schedule, self._updates = self._movers.schedule, self._movers.updates
             if found is None:
                 self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
                 self._fill(passed)
@@ -185,8 +171,8 @@ class Run:
 
     def _settle(self) -> None:
         self._schedule.end_backward()
-        self._away.settle()
-        self._gradients.end_backward()
+        self._movers.away.settle()
+        self._movers.gradients.end_backward()
         self._updates.drain()
         self._tiers.writes.drain()
         self._committing.complete_again()
@@ -194,7 +180,7 @@ class Run:
 
     def report(self) -> Report:
         """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""
-        steps, engine = list(self._clock.steps), self._tiers.engine
+        steps, engine = list(self._movers.clock.steps), self._tiers.engine
         warm = steps[1:] or steps  # the first step also finds its way
         names = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes")
         traffic = {
@@ -206,7 +192,7 @@ class Run:
             "process": {"baseline_rss_bytes": self._baseline_rss_bytes, "peak_rss_bytes": peak_rss_bytes()},
             "traffic": traffic,
             "steps": steps,
-            "step_count": self._clock.count,
+            "step_count": self._movers.clock.count,
             "updates": dict(self._updates.counts),
             "update_seconds": dict(self._updates.seconds),
             "plan": self._schedule.plan_summary(),
@@ -258,7 +244,7 @@ class Run:
             undo.pop_all()
         self.optimizer.zero_grad()
         self.optimizer.state.let_go()
-        checkpoints.load(found, self._units, self._swapper, self._updates, self._tiers.writes)
+        checkpoints.load(found, self._units, self._movers.swapper, self._updates, self._tiers.writes)
         self._go_on(found, rest)
 
     def register(self, name: str, obj: Any) -> None:
@@ -302,12 +288,14 @@ class Run:
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
                 self._updates.give_up()
-            self._hand_back()
+            given_back = self._handing_back.give()
+            if not given_back:
+                self._leave_on_disk(self._handing_back.weight_bytes)
             self.optimizer.state.close()
         except DeadlineError:
             raise
         except BaseException as error:
-            self._away.refuse_from_now(f"The run could not give the weights back when it closed: {error}")
+            self._movers.away.refuse_from_now(f"The run could not give the weights back when it closed: {error}")
             self._take_down()
             raise
         self._take_down()
@@ -317,77 +305,11 @@ class Run:
         self._installation.remove()
         self._ledger.discharge("device", "weights", self._buffer_bytes)
         try:
-            self._close_movers()
+            self._movers.close()
         finally:
             self._tiers.close()
 
     # Building ---------------------------------------------------------------------------------------------------------
-
-    def _make_movers(self, plan: Plan, config: Config, blocks: Sequence[Any]) -> None:
-        tiers, hooks = self._tiers, HookStack()
-        self._away = Away(self._ledger, hooks)
-        self._gradients = Gradients(
-            tiers.link, tiers.ledger, tiers.writes, drop_idle=lambda: self._swapper.drop_idle(),
-            complete=lambda chunk: self._schedule.complete(chunk),
-        )  # fmt: skip
-        self._updates = Updates(
-            tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
-            handover=self._gradients.handover, commit=self._committing.commit if tiers.durable else None,
-            complete=self._committing.complete, at_step=config.update == "step", deadline_s=tiers.deadline_s,
-            in_flight=tiers.in_flight, races=tiers.races,
-        )  # fmt: skip
-        self._gradients.start(self._updates)
-        inbound = plan.staging.inbound
-        loader = Loader(
-            tiers.link, tiers.buffers(plan.inbound_buffer_bytes, inbound) if tiers.link.is_cuda else None, count=inbound,
-            settle=self._updates.settle, pending=self._updates.pending, in_flight=tiers.in_flight, races=tiers.races,
-        )  # fmt: skip
-        self._swapper = Swapper(
-            device=tiers.link, ledger=tiers.ledger, loader=loader, writes=tiers.writes, claims=self._updates,
-            limit_bytes=plan.slot_limit_bytes, bind=self._away.bind, unbind=self._away.unbind,
-        )  # fmt: skip
-        self._access = StateAccess(tiers.kernels, tiers.writes, self._updates)
-        self._away.start(self._swapper, self._access)
-        self._clock = StepClock()
-        book, memory = TensorBook(self._ledger, self.device), plan.activations
-        self._stash = Stash(
-            tiers.link, tiers.ledger, book, piece_bytes=memory.piece_bytes, pool=tiers.pool,
-            scratch=Scratch(tiers.store, "activations") if tiers.store is not None and memory.buffers else None,
-            buffers=tiers.buffers(memory.piece_bytes, memory.buffers) if memory.buffers else None,
-            stall=lambda: self._clock.stall("activations"), in_flight=tiers.in_flight, races=tiers.races,
-        )  # fmt: skip
-        self._gauge = TemporariesGauge(
-            self._ledger, active=self.device.type == "cpu", committed=lambda: tiers.committed_bytes
-        )
-        of_block = {index: [unit for unit in self._units if index in unit.owners] for index in range(len(blocks))}
-        loose = [unit for unit in self._units if not unit.owners]
-        self._model_calls = BlockCalls(None, "the model", self.model, loose)
-        calls = [
-            BlockCalls(index, each.name or "the model", each.module, of_block[index])
-            for index, each in enumerate(blocks)
-        ]
-        self._schedule = Schedule(
-            blocks=calls,
-            units=self._units, swapper=self._swapper, gradients=self._gradients, updates=self._updates,
-            away=self._away, book=book, stash=self._stash, hooks=hooks, clock=self._clock,
-            gauge=self._gauge, device=tiers.link, placing=self._placing(plan, config), update=config.update,
-            micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
-        )  # fmt: skip
-        self._committing.attach(self._updates)
-        if tiers.durable:
-            self._schedule.restart = "The newest complete step is on the drives: Config(resume=True) goes on from it."
-
-    def _placing(self, plan: Plan, config: Config) -> Placing:
-        """Who says where activations go."""
-        if config.activations != "auto":
-            return Fixed(config.activations, PLACEMENTS[config.activations])
-        deciding = Deciding(
-            plan=plan, numbers=self._numbers, tiers=self._tiers, ledger=self._ledger, stash=self._stash,
-            updates=self._updates, config=config, folder=self._folders[0] if self._folders else None,
-        )  # fmt: skip
-        return Auto(
-            deciding, lambda: Profiler(self.device, self._clock.stalled_s, lambda: self._ledger.most_held("device"))
-        )
 
     def _go_on(self, found: Source, rest: Rest) -> None:
         """The rest of a step whose weights and optimizer state are home; where it came from elsewhere, it is committed."""
@@ -418,89 +340,45 @@ class Run:
 
     def _install(self) -> None:
         """The point of no return: parameters go away, their memory is freed, hooks are on."""
+        movers = self._movers
         self._members = {id(member.parameter): member for unit in self._units for member in unit.members}
-        self._handed_back: set[Member] = set()  # by a close that was not finished
         for unit in self._units:
-            self._swapper.adopt(unit)
+            movers.swapper.adopt(unit)
             let_go(unit.members)
             had = {member: member.parameter.grad for member in unit.members}
             for member in unit.members:
                 member.parameter.grad = None
-            self._away.adopt(unit)
+            movers.away.adopt(unit)
             for member, grad in had.items():
                 if grad is not None and unit.trainable:
                     gradient = Gradient(member)
-                    self._gradients.adopt(gradient, grad.to(unit.device, unit.dtype))
-                    member.parameter.grad = GradientHandle(gradient, self._gradients)
-        self._gradients.end_backward()
+                    movers.gradients.adopt(gradient, grad.to(unit.device, unit.dtype))
+                    member.parameter.grad = GradientHandle(gradient, movers.gradients)
+        movers.gradients.end_backward()
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-        self._installation = Installation(self._schedule, self._model_calls, self._units, self._guard)
+        self._installation = Installation(self._schedule, movers.model_calls, self._units, self._guard)
         enlisting = Enlisting(self._tiers, self._updates, self._installation.watch)
         self._schedule.enlist = enlisting.gradient
         self.optimizer = Optimizer(
-            self.model, self._passed, self._members, self._schedule, self._gradients, self._access, enlisting, self._guard
+            self.model, self._passed, self._members, self._schedule, movers.gradients, movers.access, enlisting, self._guard
         )  # fmt: skip
         self._schedule.planned = self.optimizer.planned
         self._schedule.stepped, self._schedule.before_forward = (
             self._committing.stepped,
             self._committing.before_forward,
         )
+        self._handing_back = HandingBack(self._members.values(), movers, self.optimizer, self._passed)
         self._passed.state.clear()
         self._tiers.link.limit()
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True
-        self._gauge.start()
+        movers.gauge.start()
         self._baseline_rss_bytes = rss_bytes()
 
     # Closing ----------------------------------------------------------------------------------------------------------
-
-    def _hand_back(self) -> None:
-        """Weights, gradients and state as ordinary tensors, as far as free memory goes."""
-        members = [member for member in self._members.values() if member not in self._handed_back]
-        weights = sum(member.entry.count * member.unit.dtype.itemsize for member in members)
-        gradients = sum(
-            member.entry.count * member.unit.dtype.itemsize
-            for member in members
-            if isinstance(member.parameter.grad, GradientHandle)
-        )
-        state = sum(8 * member.entry.count for member in members if member.step)
-        free = free_host_bytes() * 0.95
-        if weights + gradients > free:
-            self._leave_on_disk(weights)
-            return
-        with_state = weights + gradients + state <= free
-        if not with_state:
-            warnings.warn(
-                f"The optimizer's state ({format_bytes(state)}) does not fit into free memory beside the weights and is "
-                "dropped: torch.save(run.optimizer.state_dict(), file) before closing where it is wanted.",
-                stacklevel=4,
-            )
-        self._swapper.drop_all()
-        for member in members:
-            self._hand_back_member(member, with_state)
-            self._handed_back.add(member)
-
-    def _hand_back_member(self, member: Member, with_state: bool) -> None:
-        parameter, dtype = member.parameter, member.parameter.dtype
-        device = member.original_device
-        grad = parameter.grad
-        if isinstance(grad, GradientHandle):
-            with self._gradients.borrowed(grad.gradient) as value:
-                grad = value.to(device, copy=True)
-        if with_state and parameter in self.optimizer.state:
-            state = self.optimizer.state.leave(member)
-            state.pop("master", None)
-            self._passed.state[parameter] = {
-                kind: value if kind == "step" else value.to(device, dtype) for kind, value in state.items()
-            }
-        value = torch.empty(member.entry.count, dtype=member.unit.dtype, device="cpu")
-        self._swapper.read_member(member, value)
-        parameter.grad = None
-        self._away.give_back(member, value.view(member.entry.shape).to(device))
-        parameter.grad = grad
 
     def _leave_on_disk(self, weights: int) -> None:
         where = "call run.save_pretrained(folder) before run.close()"
@@ -512,25 +390,8 @@ class Run:
             f"The weights ({format_bytes(weights)}) do not fit into the {format_bytes(free_host_bytes())} of free memory, so "
             f"the closed run did not give them back to the model: {where}."
         )
-        warnings.warn(reason, stacklevel=5)
-        self._away.refuse_from_now(reason)
-
-    def _close_movers(self) -> None:
-        """Give back what the residents hold; the tiers themselves close after this."""
-        with contextlib.ExitStack() as closing:
-            for unit in self._units:
-                for chunk in unit.chunks:
-                    for each in (chunk.weights, chunk.state, chunk.gradient):
-                        if each is not None:
-                            closing.callback(each.release)
-            closing.callback(self._swapper.close)
-            closing.callback(self._committing.close)
-            closing.callback(self._updates.close)
-            closing.callback(self._gradients.close)
-            closing.callback(self._stash.close)
-            closing.callback(self._tiers.writes.drain)
-        for unit in self._units:
-            unit.chunks.clear()
+        warnings.warn(reason, stacklevel=4)
+        self._movers.away.refuse_from_now(reason)
 
     # Small ------------------------------------------------------------------------------------------------------------
 

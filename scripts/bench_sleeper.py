@@ -226,7 +226,7 @@ class Contestant:
 def fetch_only_when_needed(run: Any) -> None:
     """The serial schedule's weights: hints to fetch ahead are not taken. There is no option for this, so it is done to
     the run's inside: `fetch` is what starts a block's weights on their way, `needed` where a block waits for them."""
-    swapper = run._swapper
+    swapper = run._movers.swapper
     fetch = swapper.fetch
     swapper.fetch = lambda unit, *, needed=False: fetch(unit, needed=True) if needed else False
 

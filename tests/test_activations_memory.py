@@ -160,7 +160,7 @@ def test_a_storage_that_is_saved_many_times_moves_once(tier, nvme):
         step(model, run.optimizer, TOKENS)
         before = run._tiers.link.device_to_host_bytes
         loss = model(torch.randn(TOKENS, WIDTH).requires_grad_())
-        for worker in run._stash._workers.values():
+        for worker in run._movers.stash._workers.values():
             worker.submit(lambda: None, "nothing, behind all the rest").wait()
         assert run._tiers.link.device_to_host_bytes - before == 2 * len(distinct) * ROW
         loss.sum().backward()

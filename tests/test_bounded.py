@@ -94,7 +94,7 @@ def test_what_the_batch_needs_is_refused_before_any_update(tmp_path):
         with pytest.raises(fuyou.BudgetError, match="gpu=80.00 MiB is .* short") as refusal:
             model(torch.randint(0, 512, (64, 512))).backward()
         assert refusal.value.tier == "device"
-        assert run._clock.count == 0
+        assert run._movers.clock.count == 0
         losses = train(model, run.optimizer, 512, 1)  # a batch that fits goes on in the same run
         assert len(losses) == 2
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

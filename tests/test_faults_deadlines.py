@@ -93,5 +93,5 @@ def test_every_part_of_a_run_has_its_configs_deadline(nvme):
     config = fuyou.Config(deadline_s=7)
     with fuyou.wrap(model, optimizer, nvme=nvme, ram="300KiB", gpu="256MiB", device="cpu", config=config) as run:
         tiers = run._tiers
-        assert {tiers.link.deadline_s, run._swapper._loader.deadline_s, tiers.arena._deadline_s} == {7.0}
+        assert {tiers.link.deadline_s, run._movers.swapper._loader.deadline_s, tiers.arena._deadline_s} == {7.0}
         assert tiers.engine.deadline_s == 7.0

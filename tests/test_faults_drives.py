@@ -67,7 +67,7 @@ def data(folder: Path) -> Path:
 
 def idle(run: fuyou.Run) -> None:
     """Return when what was fetched has come, or was given up."""
-    loader, until = run._swapper._loader, time.monotonic() + 60
+    loader, until = run._movers.swapper._loader, time.monotonic() + 60
     while loader._asked or loader._reading:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -357,7 +357,7 @@ def test_training_goes_on_after_a_drive_that_stopped_reading(kind: str, place: P
         with training.wrap(place.folder, io=kind, deadline_s=0.5) as run:
             losses = [training.step(), training.step()]
             run.settle()
-            run._swapper.drop_all()
+            run._movers.swapper.drop_all()
             with reads_stopped(place.folder) as go_on:
                 for _ in range(2):
                     started = time.monotonic()
@@ -366,7 +366,7 @@ def test_training_goes_on_after_a_drive_that_stopped_reading(kind: str, place: P
                     assert time.monotonic() - started < 10
                 go_on()
                 training.optimizer.zero_grad()
-                run._tiers.engine.deadline_s = run._swapper._loader.deadline_s = 60
+                run._tiers.engine.deadline_s = run._movers.swapper._loader.deadline_s = 60
                 losses += [training.step(), training.step()]
         assert losses == expected and same(training.weights(), weights)
         assert_empty(run)
@@ -380,12 +380,12 @@ def test_a_fetch_that_was_given_up_brings_nothing_later(place: Place) -> None:
         with training.wrap(place.folder, io="threads", ram="768KiB") as run:
             losses = [training.step()]
             run.settle()
-            run._swapper.drop_all()
+            run._movers.swapper.drop_all()
             away = [unit for unit in run._units if not unit.chunks[0].weights.on_host]
             assert away
             with reads_stopped(place.folder) as go_on:
-                assert run._swapper.fetch(away[0])
-                run._swapper.drop_all()
+                assert run._movers.swapper.fetch(away[0])
+                run._movers.swapper.drop_all()
                 go_on()
                 idle(run)
             assert not away[0].memory.tensor.any()

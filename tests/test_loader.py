@@ -161,14 +161,16 @@ class TestASilentDrive:
         with torch.no_grad():
             assert torch.equal(run.model(x), output(expected, x))
             for unit in run._units:
-                run._swapper.invalidate(unit)
+                run._movers.swapper.invalidate(unit)
             silence.answered.clear()
             for _ in range(2):  # the second one meets what the first one left
                 with pytest.raises(fuyou.DeadlineError, match="made up silence|weights of"):
                     run.model(x)
             held = [unit for unit in run._units if unit.residency is Residency.LOADING]
             began = time.monotonic()
-            assert not run._swapper.fetch(next(unit for unit in held if run._swapper._loads[unit].cancelled))
+            assert not run._movers.swapper.fetch(
+                next(unit for unit in held if run._movers.swapper._loads[unit].cancelled)
+            )
             assert time.monotonic() - began < 0.1  # a hint waits for nobody
             assert held and run._ledger.held("device", "weights") >= sum(unit.nbytes for unit in held)
             silence.answered.set()
@@ -194,16 +196,16 @@ class TestASilentDrive:
         run, _ = make(tmp_path, deadline_s=30)
         unit = run._units[0]
         silence.answered.clear()
-        assert run._swapper.fetch(unit)
-        while not run._swapper._loads[unit].moves:
+        assert run._movers.swapper.fetch(unit)
+        while not run._movers.swapper._loads[unit].moves:
             time.sleep(1e-3)
-        dropping = threading.Thread(target=run._swapper.invalidate, args=(unit,))
+        dropping = threading.Thread(target=run._movers.swapper.invalidate, args=(unit,))
         dropping.start()
         time.sleep(0.1)
         assert dropping.is_alive() and unit.residency is Residency.LOADING
         silence.answered.set()
         dropping.join(10)
-        assert unit.residency is Residency.ABSENT and run._swapper._loads[unit].cancel()
+        assert unit.residency is Residency.ABSENT and run._movers.swapper._loads[unit].cancel()
         run.close()
 
 

@@ -190,7 +190,9 @@ def test_a_run_delays_its_threads_and_poisons_its_memory(nvme, monkeypatch):
         assert delayed >= {"fuyou-weights-in", "fuyou-io-late-"}
         tiers = run._tiers
         assert (
-            {tiers.races, tiers.link.races, run._swapper._loader._races, run._updates._races} == {tiers.races} != {None}
+            {tiers.races, tiers.link.races, run._movers.swapper._loader._races, run._updates._races}
+            == {tiers.races}
+            != {None}
         )
         run.settle()
         lease = run._tiers.arena.try_lease(PAGE, "staging")
@@ -199,7 +201,7 @@ def test_a_run_delays_its_threads_and_poisons_its_memory(nvme, monkeypatch):
         unit = run._units[0]
         model(**case.batch(0))
         assert not bool(unit.flat.isnan().any())
-        run._swapper.drop_all()
+        run._movers.swapper.drop_all()
         assert is_nan(unit.memory.tensor)
 
 
