@@ -196,6 +196,18 @@ def test_what_the_loop_changes_between_step_and_the_next_forward_is_committed(nv
         assert losses + train(None, loop, schedule, 1) == expected
 
 
+def test_a_kill_after_another_layout_was_made_and_before_anything_is_registered_loses_nothing(nvme, tmp_path, plain):
+    loop = Loop()
+    with loop.wrapped(nvme):
+        losses = loop.steps(3)
+    other = Loop()
+    config = fuyou.Config(resume=True)
+    with fuyou.wrap(other.model, other.passed, nvme=nvme, ram="64MiB", gpu="256MiB", device="cpu", config=config):
+        shutil.copytree(nvme, tmp_path / "left")
+    more, state = resumed(tmp_path / "left", STEPS - 3, 3)
+    assert losses + more == plain[0] and differences(state, plain[1]) == []
+
+
 def test_registered_state_that_nobody_asks_for_is_told(nvme):
     loop = Loop()
     with loop.wrapped(nvme):

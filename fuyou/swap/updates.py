@@ -382,6 +382,7 @@ class Updates(UpdateQueue):
         with self._changed:
             self._steps[step].unwritten -= 1
             self._end_steps()
+            self._changed.notify_all()  # somebody may wait for that much of a step which is not over
 
     def _compute_all(self) -> None:
         while True:
