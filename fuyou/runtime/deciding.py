@@ -61,7 +61,7 @@ class Deciding:
     def decide(self, blocks: Mapping[int, BlockProfile], backwards: int) -> list[ActivationPlan]:
         """The plans that have room; none where nothing but recomputing has."""
         measured = [self._measured(index, blocks[index], backwards) for index in sorted(blocks)]
-        self._updates.drain()  # what the drives can do is measured while they do nothing else
+        self._updates.pause()  # what the drives can do is measured while they do nothing else
         rates = self._stash.rates()
         found = candidates(
             self._machine(rates), measured, self._choice(backwards), self._room(measured, rates), self._traffic()
