@@ -92,6 +92,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(nvme, tmp_path):
     loop = Loop()
     with loop.wrapped(nvme) as run:
         loop.steps(1)
+        run.settle()  # so that nothing else is written
         for nbytes in (100_000, 300_000):
             with file_size_limit(nbytes), pytest.raises(fuyou.FuyouError, match="File too large"):
                 run.save(tmp_path / "saved")

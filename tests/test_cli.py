@@ -132,7 +132,14 @@ def test_help_lists_what_is_built(capsys):
         assert main(arguments) == 0
     shown = capsys.readouterr().out
     commands = shown[shown.index("Commands:") : shown.index("Usage: fuyou train")]
-    assert set(re.findall(r"^  (\w+)", commands, re.MULTILINE)) == {"train", "launch", "init", "plan"}
+    assert set(re.findall(r"^  (\w+)", commands, re.MULTILINE)) == {
+        "train",
+        "resume",
+        "export",
+        "launch",
+        "init",
+        "plan",
+    }
     for option in ("--set", "--dry-run", "--nvme-limit", "--threads", "--cores", "--no-bind", "--quiet", "--force"):
         assert option in shown
     for name in ("FUYOU_NVME", "FUYOU_NVME_LIMIT", "FUYOU_RAM", "FUYOU_GPU", "FUYOU_DEVICE"):
@@ -201,7 +208,9 @@ def test_the_example_is_what_init_writes(folder):
 def test_the_environments_budgets_are_those_of_null_keys(folder, monkeypatch):
     """And the job is given them, so that its folder shows what it ran with."""
     given = []
-    monkeypatch.setattr("fuyou.train.job.run_job", lambda settings, dry_run=False: given.append((settings, dry_run)))
+    monkeypatch.setattr(
+        "fuyou.train.job.run_job", lambda settings, dry_run=False, resume=None: given.append((settings, dry_run))
+    )
     monkeypatch.setenv("FUYOU_RAM", "3MiB")
     monkeypatch.setenv("FUYOU_GPU", "1GiB")
     monkeypatch.setenv("FUYOU_DEVICE", "cpu")

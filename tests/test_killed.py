@@ -98,7 +98,8 @@ SCRIPT = """
         if done is not None:
             break
     found = [json.loads(line) for line in (folder / "metrics").read_text().splitlines()]
-    assert [each["step"] for each in found] == list(range(STEPS))
+    steps = [each["step"] for each in found]
+    assert steps == list(range(STEPS)), (steps, history)
     wrong = [each["step"] for each, loss, its in zip(found, losses, rows) if (each["loss"], each["rows"]) != (loss, its)]
     assert wrong == [], (wrong, history)
     assert done == expected, history

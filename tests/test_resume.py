@@ -196,6 +196,37 @@ def test_what_the_loop_changes_between_step_and_the_next_forward_is_committed(nv
         assert losses + train(None, loop, schedule, 1) == expected
 
 
+def test_no_step_is_committed_before_the_loop_is_done_with_it(nvme, plain):
+    """Whatever happens within step(): after some of them the drives are measured, for which all is written."""
+    loop = Loop()
+    with loop.wrapped(nvme, ram="64MiB") as run:
+        schedule, seen = loop.schedule.step, []
+
+        def watched() -> None:
+            record = read_newest([str(nvme)]).step if len(seen) > 1 else 0
+            seen.append(record < len(seen) + 1)  # of the steps before, if of any
+            schedule()
+
+        loop.schedule.step = watched
+        try:
+            assert loop.steps(STEPS) == plain[0]
+        finally:
+            del loop.schedule.step
+        assert seen == [True] * STEPS and run.report().dict()["plan"]
+
+
+def test_a_kill_after_another_layout_was_made_and_before_anything_is_registered_loses_nothing(nvme, tmp_path, plain):
+    loop = Loop()
+    with loop.wrapped(nvme):
+        losses = loop.steps(3)
+    other = Loop()
+    config = fuyou.Config(resume=True)
+    with fuyou.wrap(other.model, other.passed, nvme=nvme, ram="64MiB", gpu="256MiB", device="cpu", config=config):
+        shutil.copytree(nvme, tmp_path / "left")
+    more, state = resumed(tmp_path / "left", STEPS - 3, 3)
+    assert losses + more == plain[0] and differences(state, plain[1]) == []
+
+
 def test_registered_state_that_nobody_asks_for_is_told(nvme):
     loop = Loop()
     with loop.wrapped(nvme):
@@ -302,11 +333,11 @@ def test_without_room_for_a_copy_another_layout_is_refused_and_the_step_stays(nv
     loop = Loop()
     with loop.wrapped(nvme):
         loop.steps(2)
-    usage, free = shutil.disk_usage, 0
+    usage, free = shutil.disk_usage, -(4 << 20)  # less than the old store leaves
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))  # a drive nearly full
     with pytest.raises(BudgetError) as refusal:
         resumed(nvme, 1, 2, ram="600KiB")
-    free = refusal.value.shortfall_bytes * 20 // 19 + 8192  # enough for the store, and not for the copy
+    free += refusal.value.shortfall_bytes * 20 // 19 + 8192  # enough for the store, and not for the copy
     with pytest.raises(BudgetError, match="Step 2 has another layout.*a copy of it must lie beside"):
         resumed(nvme, 1, 2, ram="600KiB")
     monkeypatch.undo()

@@ -228,7 +228,11 @@ class Committing:
         return {
             "steps": [[count, len(list(them))] for count, them in groupby(each.step for each in self._members)],
             "groups": encoder.encode(groups, "The optimizer's groups"),
-            "registered": self._encoded(rest, encoder),
+            "registered": {
+                # What nobody has asked for yet is still the step's: it may be committed again, in another layout.
+                **{name: encoder.encode(state, f"The state of {name!r}") for name, state in self._left.items()},
+                **self._encoded(rest, encoder),
+            },
         }
 
     def _encoded(self, objects: dict[str, Any], encoder: Encoder) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Deciding:
         steps took, and by the cost model more or less: what it leaves out, and counts twice where Adam and compute share
         cores, is in both."""
         measured = [self._measured(index, step.blocks[index], step.backwards) for index in sorted(step.blocks)]
-        self._updates.drain()  # what the drives can do is measured while they do nothing else
+        self._updates.pause()  # what the drives can do is measured while they do nothing else
         rates = self._stash.rates()
         machine, choice, traffic = self._machine(rates), self._choice(step.backwards), self._traffic()
         whole = [numbers_of(each) for each in measured]

@@ -192,6 +192,16 @@ class Updates(UpdateQueue):
     def drain(self) -> None:
         """`settle`, and every write is done; the step is committed where steps are. Raises their errors."""
         self._await_commits()
+        self._await_writes()
+
+    def pause(self) -> None:
+        """`settle`, and nothing is written any more; within step(), whose commit is still to come where steps are committed."""
+        self.settle()
+        if self._commit is not None:
+            self._await_written()
+        self._await_writes()
+
+    def _await_writes(self) -> None:
         try:
             wait_for([*self._writes])
             self._committed.wait()
@@ -382,6 +392,7 @@ class Updates(UpdateQueue):
         with self._changed:
             self._steps[step].unwritten -= 1
             self._end_steps()
+            self._changed.notify_all()  # somebody may wait for that much of a step which is not over
 
     def _compute_all(self) -> None:
         while True:
