@@ -238,7 +238,7 @@ class TestClose:
 
         model, _, run = self.make(tmp_path)
         expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        monkeypatch.setattr(fuyou.api, "free_host_bytes", lambda: 1000)
+        monkeypatch.setattr("fuyou.runtime.handing_back.free_host_bytes", lambda: 1000)
         with pytest.warns(UserWarning, match="weights-at-close"):
             run.close()
         with pytest.raises(fuyou.StateError, match="weights-at-close"):
