@@ -47,7 +47,7 @@ def resumed(nvme: Any, steps: int, at: int, **options: Any) -> tuple[list[float]
 AGAIN = {
     "as it was": {},
     "all of it in memory": {"ram": "64MiB"},
-    "smaller chunks": {"ram": "600KiB"},
+    "less memory": {"ram": "600KiB"},
     "another engine": {"io": "threads"},
     "updates within step": {"update": "step"},
     "updates after it": {"update": "deferred"},
@@ -196,22 +196,18 @@ def test_what_the_loop_changes_between_step_and_the_next_forward_is_committed(nv
         assert losses + train(None, loop, schedule, 1) == expected
 
 
-def test_no_step_is_committed_before_the_loop_is_done_with_it(nvme, plain):
+def test_no_step_is_committed_before_the_loop_is_done_with_it(nvme, plain, monkeypatch):
     """Whatever happens within step(): after some of them the drives are measured, for which all is written."""
     loop = Loop()
     with loop.wrapped(nvme, ram="64MiB") as run:
-        schedule, seen = loop.schedule.step, []
+        schedule, seen = type(loop.schedule).step, []
 
-        def watched() -> None:
-            record = read_newest([str(nvme)]).step if len(seen) > 1 else 0
-            seen.append(record < len(seen) + 1)  # of the steps before, if of any
-            schedule()
+        def watched(self, *arguments) -> None:
+            seen.append(run.committed_step < len(seen) + 1)  # of the steps before, if of any
+            schedule(self, *arguments)
 
-        loop.schedule.step = watched
-        try:
-            assert loop.steps(STEPS) == plain[0]
-        finally:
-            del loop.schedule.step
+        monkeypatch.setattr(type(loop.schedule), "step", watched)
+        assert loop.steps(STEPS) == plain[0]
         assert seen == [True] * STEPS and run.report().dict()["plan"]
 
 
@@ -333,15 +329,15 @@ def test_without_room_for_a_copy_another_layout_is_refused_and_the_step_stays(nv
     loop = Loop()
     with loop.wrapped(nvme):
         loop.steps(2)
-    usage, free = shutil.disk_usage, -(4 << 20)  # less than the old store leaves
+    usage, free = shutil.disk_usage, -(1 << 30)  # less than the old store leaves
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))  # a drive nearly full
     with pytest.raises(BudgetError) as refusal:
-        resumed(nvme, 1, 2, ram="600KiB")
+        resumed(nvme, 1, 2, ram="64MiB")
     free += refusal.value.shortfall_bytes * 20 // 19 + 8192  # enough for the store, and not for the copy
     with pytest.raises(BudgetError, match="Step 2 has another layout.*a copy of it must lie beside"):
-        resumed(nvme, 1, 2, ram="600KiB")
+        resumed(nvme, 1, 2, ram="64MiB")
     monkeypatch.undo()
-    assert resumed(nvme, 1, 2, ram="600KiB")[0]
+    assert resumed(nvme, 1, 2, ram="64MiB")[0]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
