@@ -423,7 +423,9 @@ def test_handles_that_do_not_fit_say_so(trained, monkeypatch):
     run, side, _ = trained
     state = side.optimizer.state_dict()["state"]
     wanted = state[0]["step"]
-    monkeypatch.setattr("fuyou.runtime.handing_back.free_host_bytes", lambda: 300_000)  # the weights, 269 KB, and no state
+    monkeypatch.setattr(
+        "fuyou.runtime.handing_back.free_host_bytes", lambda: 300_000
+    )  # the weights, 269 KB, and no state
     monkeypatch.setattr("fuyou.runtime.state.free_host_bytes", lambda: 8)
     with pytest.warns(UserWarning, match="state .* does not fit"):
         run.close()

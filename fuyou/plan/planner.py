@@ -146,9 +146,12 @@ def make_plan(
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
     memory = _plan_activations(ram_bytes, with_nvme, activations)
     aside = _aside_bytes(ram_bytes) if durable else 0
-    chunk, counts, buffers, staging = _plan_staging(
-        units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside
-    )
+    try:
+        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside)
+    except BudgetError:  # what the smallest staging needs is told with, and is enough with, the smallest piece
+        aside = min(aside, PAGE_BYTES)
+        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside)
+    chunk, counts, buffers, staging = staged
     if activations == "host":
         memory = replace(memory, pool_bytes=_pool_bytes(units, ram_bytes - staging, with_nvme))
     guesses = update in ("auto", "speculative")
