@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from resuming import Loop, digest
+from resuming import Loop, differences, digest
 from write_log import Log, Platter
 
 from fuyou.tiers.folders import FOLDER
@@ -46,12 +46,16 @@ class Oracle:
         loop, self.digests, self.losses = kind(), {}, []
         clamp = loop.clamp
         loop.clamp = lambda: None  # type: ignore[method-assign]
-        self.digests[0, 0] = weights_of(loop)
+        self.digests[0, 0], self.states = weights_of(loop), {}
         for step in range(1, STEPS + 1):
             self.losses.append(loop.step())
             self.digests[step, 0] = digest(loop.state())
             clamp()
-            self.digests[step, 1] = digest(loop.state())
+            self.states[step] = loop.state()
+            self.digests[step, 1] = digest(self.states[step])
+
+    def other(self, loop: Loop, step: int) -> list[str]:
+        return differences(loop.state(), self.states[step])
 
 
 def weights_of(loop: Loop) -> str:
@@ -132,7 +136,7 @@ class Cuts:
                 return
             state = digest(loop.state())
             labels = [each for each in ((step, 0), (step, 1)) if each >= least and self.oracle.digests[each] == state]
-            assert labels, f"step {step} has other bits"
+            assert labels, f"step {step} has other bits of {self.oracle.other(loop, step)}"
             assert run.user_state == {"read": 2 * step}
             self.found.append(labels[0])
             if step < STEPS and self.draw.random() < 0.2:

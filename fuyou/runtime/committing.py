@@ -216,8 +216,12 @@ class Committing:
         return {
             "rng": encoder.encode(_generators(self._device), "The state of the random generators"),
             "user_state": copy.deepcopy(self.user_state),
-            "sources": self._encoded(sources, encoder),
+            "sources": self._encoded(sources, encoder) | self._still_left(encoder),
         }
+
+    def _still_left(self, encoder: Encoder) -> dict[str, Any]:
+        """Of a step that was loaded, for objects that may come yet: a commit of that same step has it too."""
+        return {name: encoder.encode(state, f"The state of {name!r}") for name, state in self._left.items()}
 
     def _second_half(self, encoder: Encoder) -> dict[str, Any]:
         groups = [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in self._groups()]
