@@ -285,7 +285,7 @@ class Committing:
                 generators=values.decode(payload["rng"]),
             )
             _check(rest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StoreError(
                 f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
             ) from error
