@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from fuyou.core.beside import read_text
 from fuyou.core.errors import StorageIOError, StoreError
 from fuyou.tiers.checksum import checksum_named
 from fuyou.tiers.folders import DATA, DIRTY, FOLDER, HOME, OPEN
 from fuyou.tiers.records import Record, payload_of_newest, read_newest
 
-MOST_PATH_BYTES = 4096
 PIECE_BYTES = 1 << 20  # read at a time where bytes are only looked at
 
 
@@ -179,8 +179,7 @@ def is_dirty(folder: str) -> bool:
 def _home_of(folder: str) -> str:
     """The folder with the records of the store that `folder` is a drive of: itself, or as is written there."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        with open(os.path.join(folder, FOLDER, HOME), encoding="utf-8") as file:
-            told = file.read(MOST_PATH_BYTES)
+        told = read_text(os.path.join(folder, FOLDER, HOME))
         if os.path.isabs(told) and "\0" not in told:
             return told
     return folder
