@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from resuming import Loop, digest
 from test_power_loss import Steady, folders_in
-from test_power_loss import place as place
 
 from fuyou.core.errors import StoreError
 from fuyou.tiers.folders import DATA, FOLDER, LAYOUTS, RECORDS
@@ -95,7 +94,7 @@ def goes_on(open_run: Callable[[Loop], Any], state: str) -> None:
         assert digest(loop.state()) == state
 
 
-SEEDS = [(0, 14), *(pytest.param((seed, 84), marks=pytest.mark.slow) for seed in range(1, 13))]
+SEEDS = [(0, 28), *(pytest.param((seed, 84), marks=pytest.mark.slow) for seed in range(1, 13))]
 RUNS = {"one drive": (1, {}), "two drives, in memory": (2, {"ram": "64MiB"})}
 
 
@@ -123,7 +122,7 @@ def test_a_wrong_byte_in_a_store_is_told_or_changes_nothing(place, name, turn):
             goes_on(resumed, left.state)
 
 
-@pytest.mark.parametrize("turn", [(0, 32), *(pytest.param((s, 100), marks=pytest.mark.slow) for s in range(1, 11))])
+@pytest.mark.parametrize("turn", [(0, 44), *(pytest.param((s, 100), marks=pytest.mark.slow) for s in range(1, 11))])
 def test_a_wrong_byte_in_a_checkpoint_is_told_or_changes_nothing(place, turn):
     left, (seed, count) = Left(place, 1, {}), turn
     draw = random.Random(f"checkpoint {seed}")

@@ -29,8 +29,8 @@ NAMES = ("commit-0-a", "commit-0-b", "commit-1-a", "commit-1-b")
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    made = Made(tmp_path)
+def made(place: Path) -> Made:
+    made = Made(place)
     for folder in made.folders[1:]:
         (home(folder) / "home").write_text(made.folders[0])
     return made
@@ -251,8 +251,8 @@ def test_payloads_of_a_run(made, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_marks_and_what_is_noted_beside_a_store(tmp_path, count):
-    folder = tmp_path / "drive"
+def test_marks_and_what_is_noted_beside_a_store(place, count):
+    folder = place / "drive"
     home(folder).mkdir(parents=True)
     (home(folder) / "dirty").touch()
     texts = JSON.map(json.dumps) | st.text(max_size=40) | st.sampled_from(DEEP)
@@ -271,13 +271,13 @@ def test_marks_and_what_is_noted_beside_a_store(tmp_path, count):
 
 
 @pytest.mark.parametrize("name", ["fuyou-store/home", recovery.SAVED])
-def test_what_is_no_file_is_not_waited_for(tmp_path, name):
+def test_what_is_no_file_is_not_waited_for(place, name):
     """A named pipe that nobody writes to, a device, a link to oneself."""
-    home(tmp_path).mkdir(parents=True)
-    (home(tmp_path) / "dirty").touch()
+    home(place).mkdir(parents=True)
+    (home(place) / "dirty").touch()
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path), os.mkdir):
-        make(tmp_path / name)
-        assert open_saved([str(tmp_path)]) is None
+        make(place / name)
+        assert open_saved([str(place)]) is None
         with pytest.raises(StateError, match="it saved no checkpoint"):
-            recovery._refuse_dirty(str(tmp_path))
-        (os.rmdir if (tmp_path / name).is_dir() and not (tmp_path / name).is_symlink() else os.unlink)(tmp_path / name)
+            recovery._refuse_dirty(str(place))
+        (os.rmdir if (place / name).is_dir() and not (place / name).is_symlink() else os.unlink)(place / name)

@@ -4,9 +4,7 @@ committed by then, or a later one that is whole, bit for bit, and never a mixtur
 from __future__ import annotations
 
 import random
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from fuyou.tiers.records import read_newest
 
 STEPS = 5
 BEFORE = 2  # steps that a recovery which is cut goes on from
-SHORT = 13  # cuts of a scenario by default
+SHORT = 8  # cuts of a scenario by default
 Label = tuple[int, int]  # (step, how often it was changed after it)
 
 
@@ -66,17 +64,6 @@ def weights_of(loop: Loop) -> str:
 @pytest.fixture(scope="module")
 def oracles() -> dict[type[Loop], Oracle]:
     return {kind: Oracle(kind) for kind in (Steady, Clamped)}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is some: what is on a drive, and when, is the log's to say here."""
-    if not Path("/dev/shm").is_dir() or shutil.disk_usage("/dev/shm").free < 1 << 30:
-        yield tmp_path
-        return
-    folder = Path(tempfile.mkdtemp(prefix="fuyou-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
