@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from fuyou.core.errors import FuyouError
 
 COUNTS = [40, pytest.param(8500, marks=pytest.mark.slow)]  # inputs of one parser
+ROUND = 500
 MOST_MEMORY = 1 << 29  # more than a parser may ask for, whatever it is given
 
 NUMBERS = st.one_of(
@@ -82,15 +83,17 @@ def spoilt(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 def fuzz(check: Callable[[Any], None], inputs: st.SearchStrategy[Any], count: int) -> None:
-    """`check` raises nothing but our own errors on any of `count` inputs, within MOST_MEMORY."""
+    """`check` raises nothing but our own errors on any of `count` inputs, within MOST_MEMORY. In rounds, each of another seed:
+    hypothesis keeps all of a round in memory."""
+    for number in range(-(-count // ROUND)):
 
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(inputs)
-    def each(value: Any) -> None:
-        with contextlib.suppress(FuyouError):
-            check(value)
+        @seed(number)
+        @settings(max_examples=min(count, ROUND), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(inputs)
+        def each(value: Any) -> None:
+            with little_memory(), contextlib.suppress(FuyouError):
+                check(value)
 
-    with little_memory():
         each()
 
 
