@@ -38,6 +38,18 @@ def nvme(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, in memory where there is some: for tests in which nothing is to be learnt of a drive, and much is
+    written."""
+    if not Path("/dev/shm").is_dir() or shutil.disk_usage("/dev/shm").free < 1 << 30:
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="fuyou-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(params=sides.SIDES)
 def compare(request: pytest.FixtureRequest, nvme: Path) -> Callable[..., Any]:
     """compare(script, name, prepare): both sides of a training loop, see sides.py."""

@@ -116,9 +116,13 @@ class Loop:
         if self.scheduled:
             self.schedule.step()
         self.optimizer.zero_grad()
+        self.clamp()
+        return total
+
+    def clamp(self) -> None:
+        """What the loop changes after its step, and does not mind having changed twice."""
         with torch.no_grad():
             self.model.layers[1][0].weight.clamp_(-0.15, 0.15)
-        return total
 
     def steps(self, count: int) -> list[float]:
         return [self.step() for _ in range(count)]

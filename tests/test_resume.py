@@ -236,6 +236,20 @@ def test_registered_state_that_nobody_asks_for_is_told(nvme):
             loop.step()
 
 
+def test_a_step_that_was_moved_has_what_nobody_registered_yet(nvme, plain):
+    """Killed before `run.register`, the first run that goes on from it in another layout."""
+    loop = Loop()
+    with loop.wrapped(nvme):
+        losses = loop.steps(3)
+    other = Loop()
+    with fuyou.wrap(
+        other.model, other.passed, nvme=nvme, ram="600KiB", gpu="256MiB", device="cpu", config=fuyou.Config(resume=True)
+    ) as run:
+        left = killed(run, nvme, nvme.parent / "left")
+    more, state = resumed(left, STEPS - 3, 3)
+    assert losses + more == plain[0] and differences(state, plain[1]) == []
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import tempfile
 from typing import Any
 
@@ -14,9 +16,16 @@ MOST_BYTES = 1 << 20  # that are read of one
 def read_beside(folder: str, name: str) -> Any:
     """What `name` in `folder` holds, unchecked; None where it cannot be read or is no JSON."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.loads(file.read(MOST_BYTES))
+        return json.loads(read_text(os.path.join(folder, name)))
     return None
+
+
+def read_text(path: str) -> str:
+    """The beginning, in UTF-8, of a file that may be none: a pipe is not waited for, a link not followed. OSError, ValueError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, f"{path} is not a file")
+        return file.read(MOST_BYTES).decode("utf-8")
 
 
 def write_beside(folder: str, name: str, content: Any) -> None:

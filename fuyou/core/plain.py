@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -96,16 +95,24 @@ class Decoder:
         self._beside = beside
 
     def decode(self, value: Any) -> Any:
+        try:
+            return self._decoded(value)
+        except RecursionError as error:
+            raise StoreError("The step's record is nested too deeply: it was not written by fuyou.") from error
+
+    def _decoded(self, value: Any) -> Any:
         if isinstance(value, list):
-            return [self.decode(item) for item in value]
+            return [self._decoded(item) for item in value]
         if not isinstance(value, dict):
             return value
         key = next(iter(value), "")
         if len(value) != 1 or not key.startswith("$"):
-            return {name: self.decode(item) for name, item in value.items()}
+            return {name: self._decoded(item) for name, item in value.items()}
         try:
             return self._special(key, value[key])
-        except (TypeError, ValueError, KeyError, binascii.Error, OverflowError) as error:
+        except RecursionError:
+            raise
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError) as error:  # torch's own are RuntimeErrors
             raise StoreError(
                 f"A {key[1:]} in the step's record is not one ({error}): it was not written by fuyou."
             ) from error
@@ -132,9 +139,9 @@ class Decoder:
             case "$bytes":
                 return base64.b64decode(value, validate=True)
             case "$tuple":
-                return tuple(self.decode(list(value)))
+                return tuple(self._decoded(list(value)))
             case "$dict" | "$counter":
-                pairs = {self.decode(key): self.decode(item) for key, item in value}
+                pairs = {self._decoded(key): self._decoded(item) for key, item in value}
                 return Counter(pairs) if kind == "$counter" else pairs
         raise ValueError(kind)
 

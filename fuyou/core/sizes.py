@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import reprlib
+from typing import Any
 
 from fuyou.core.errors import ConfigError
 
@@ -13,26 +15,37 @@ _UNITS = {
 }  # fmt: skip
 
 
+MOST_BYTES = 1 << 63  # what no file and no address reaches
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+_REPR.maxlevel = 3
+
+
 def parse_bytes(value: int | str, name: str) -> int:
     """`48GiB`, `1.5TB`, `4096` → bytes. ConfigError naming `name` for anything else, and for zero and below."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ConfigError(f"{name}={value!r} is not a size: give bytes as an int, or a string such as '48GiB'.")
+        raise ConfigError(f"{name}={shown(value)} is not a size: give bytes as an int, or a string such as '48GiB'.")
     if isinstance(value, int):
         count = value
     else:
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
         if match is None or match[2].lower() not in _UNITS:
             raise ConfigError(
-                f"{name}={value!r} is not a size: use KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in '48GiB'."
+                f"{name}={shown(value)} is not a size: use KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in '48GiB'."
             )
         count = (
             int(float(match[1]) * _UNITS[match[2].lower()])
             if "." in match[1]
             else int(match[1]) * _UNITS[match[2].lower()]
         )
-    if count <= 0:
-        raise ConfigError(f"{name}={value!r} must be more than 0 bytes.")
+    if not 0 < count < MOST_BYTES:
+        raise ConfigError(f"{name}={shown(value)} must be more than 0 bytes, and less than 2^63.")
     return count
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: its repr, of which a long or deep one is cut."""
+    return _REPR.repr(value)
 
 
 def format_bytes(count: float) -> str:

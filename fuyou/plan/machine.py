@@ -29,9 +29,11 @@ from typing import Any
 
 from fuyou.core.config import nearest
 from fuyou.core.errors import ConfigError
-from fuyou.core.sizes import parse_bytes
+from fuyou.core.sizes import parse_bytes, shown
 
 FOLDER = Path(__file__).parent / "hardware"
+MOST = 1e30  # of any figure: beyond every machine, and far from where products of a few overflow
+MOST_PIECES = 1 << 16  # drives of a kind, cores
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,12 @@ def _raw(values: Mapping[str, Any], key: str, file: str) -> Any:
 
 def _figure(values: Mapping[str, Any], key: str, file: str, or_zero: bool = False) -> float:
     value = _raw(values, key, file)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"Hardware file {file}: {key}={value!r} is not a number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST:
+        raise ConfigError(f"Hardware file {file}: {key}={shown(value)} is not a number.")
     if value < 0 or (value == 0 and not or_zero):
-        raise ConfigError(f"Hardware file {file}: {key}={value!r} must be {'at least' if or_zero else 'more than'} 0.")
+        raise ConfigError(
+            f"Hardware file {file}: {key}={shown(value)} must be {'at least' if or_zero else 'more than'} 0."
+        )
     return float(value)
 
 
@@ -217,15 +221,15 @@ def _size(values: Mapping[str, Any], key: str, file: str) -> int:
 
 def _whole(values: Mapping[str, Any], key: str, file: str) -> int:
     value = _raw(values, key, file)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"Hardware file {file}: {key}={value!r} must be a whole number, at least 1.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PIECES:
+        raise ConfigError(f"Hardware file {file}: {key}={shown(value)} must be a whole number from 1 to {MOST_PIECES}.")
     return value
 
 
 def _text(values: Mapping[str, Any], key: str, file: str) -> str:
     value = values.get(key, "")
     if not isinstance(value, str):
-        raise ConfigError(f"Hardware file {file}: {key}={value!r} is not text.")
+        raise ConfigError(f"Hardware file {file}: {key}={shown(value)} is not text.")
     return value
 
 

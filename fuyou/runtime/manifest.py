@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from fuyou.tiers.saved import Saved
 KINDS = ("weights", "optimizer")
 FIELDS = {"weights": None, "exp_avg": 0, "exp_avg_sq": 4, "low": 8}  # bytes an element before it in a chunk's state
 MOST_ELEMENTS = 1 << 48
+MOST_EXTENTS = 1 << 20  # of all units: a record of as many takes 20 MiB, in every step
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,15 @@ def decode_manifest(text: bytes) -> Manifest:
 
 def _decode(text: Any) -> Manifest:
     units = []
+    extents = sum(_whole(count) for each in text["units"] for kind in KINDS for _, _, count in each[kind])
+    if extents > MOST_EXTENTS:
+        raise ValueError(f"{extents} extents")
     for each in text["units"]:
         elements = _whole(each["elements"])
         members = {}
         for name, shape, start in each["members"]:
             shape = tuple(_whole(size) for size in shape)
-            if not isinstance(name, str) or _whole(start) + torch.Size(shape).numel() > elements:
+            if not isinstance(name, str) or _whole(start) + math.prod(shape) > elements:
                 raise ValueError(f"the place of {name!r}")
             members[name] = (shape, start)
         if each["dtype"] not in ("float32", "bfloat16"):
@@ -252,8 +257,6 @@ def _runs(numbers: dict[int, int]) -> list[list[int]]:
 def _from_runs(runs: Any) -> dict[int, int]:
     found: dict[int, int] = {}
     for chunk, extent, count in runs:
-        if _whole(count) > 1 << 24:
-            raise ValueError(f"{count} extents in a row")
         for offset in range(count):
             found[_whole(chunk) + offset] = _whole(extent) + offset
     return found

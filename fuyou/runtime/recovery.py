@@ -26,6 +26,7 @@ from fuyou.runtime.manifest import (
     refuse_without_homes,
     tied_names,
 )
+from fuyou.runtime.moving import MOVED, clear_moved, moved_in, remove_moved, sweep
 from fuyou.runtime.planned import Planned
 from fuyou.runtime.source import Source, read_source
 from fuyou.runtime.tiers import Tiers
@@ -38,7 +39,6 @@ from fuyou.tiers.records import Record
 from fuyou.tiers.saved import is_dirty, open_saved, was_left_open
 from fuyou.tiers.saving import copy_saved
 
-MOVED = "fuyou-moved-step"  # in an nvme folder, a checkpoint: a step on its way from one layout to another
 SAVED = "fuyou-saved.json"  # beside a store: its run's newest checkpoint
 
 
@@ -51,6 +51,7 @@ def find(resume: bool | str | None, planned: Planned, model: nn.Module) -> Sourc
     """
     for folder in planned.folders:
         refuse_in_use(os.path.join(folder, FOLDER))
+    sweep(planned.folders)
     if isinstance(resume, str):
         refuse_in_use(os.path.join(resume, FOLDER))
         source = read_source(check_folders([resume]))
@@ -116,18 +117,12 @@ def note_saved(folder: str, checkpoint: str, step: int) -> None:
     write_beside(folder, SAVED, {"folder": checkpoint, "step": step})
 
 
-def clear_moved(folders: Sequence[str]) -> None:
-    """A run starts anew: a step that was on its way is not wanted."""
-    for folder in folders:
-        shutil.rmtree(os.path.join(folder, MOVED), ignore_errors=True)
-
-
 def forget(source: Source) -> None:
     """The step is committed at home: what it came from, and is nobody's now, goes."""
     source.close()
     for path in source.leftovers:
         if os.path.basename(path) == MOVED:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_moved(path)
         else:
             remove_store(path)
 
@@ -136,26 +131,30 @@ def forget(source: Source) -> None:
 
 
 def _newest_of(folders: Sequence[str]) -> Source | None:
-    """Of the store in `folders` and a step on its way: the later; the store where they are the same."""
-    moved = _moved_in(folders)
-    source = read_source(folders)
-    for path in moved:
-        other = read_source([path])
-        if other is not None and (source is None or other.saved.step > source.saved.step):
-            source, other = other, source
-        if other is not None:
-            other.close()
-    if source is not None:
-        source.leftovers += moved
-    return source
-
-
-def _moved_in(folders: Sequence[str]) -> list[str]:
-    return [path for folder in folders if os.path.isdir(path := os.path.join(folder, MOVED))]
+    """Of the store in `folders` and a step on its way: the later; the store where they are the same. One that cannot be read
+    is passed over for the other, for neither is of a later step then (fuyou/runtime/moving.py): a store is in pieces
+    between the moment when its step is on its way and that when it is committed at home."""
+    moved = moved_in(folders)
+    newest: Source | None = None
+    failure: StoreError | None = None
+    for places in (folders, *([path] for path in moved)):
+        try:
+            source = read_source(places)
+        except StoreError as error:
+            failure = failure or error
+            continue
+        if source is not None and (newest is None or source.saved.step > newest.saved.step):
+            newest, source = source, newest
+        close(source)
+    if newest is not None:
+        newest.leftovers += moved
+    elif failure is not None:
+        raise failure
+    return newest
 
 
 def _refuse_to_discard(folders: Sequence[str]) -> None:
-    moved = _moved_in(folders)
+    moved = moved_in(folders)
     if not moved and not any(was_left_open(folder) for folder in folders):
         return
     for homes in ([folders] if folders else []) + [[path] for path in moved]:

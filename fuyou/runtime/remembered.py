@@ -26,7 +26,7 @@ class Remembered:
 
     def recall(self, size: int) -> Decided | None:
         """What was settled on for batches of `size`, checked field by field; None where nothing was."""
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return _decided(self._plans()[str(size)])
         return None
 
@@ -40,7 +40,8 @@ class Remembered:
     def _plans(self) -> dict[str, Any]:
         content = read_beside(self._folder, FILE) if self._folder is not None else None
         if isinstance(content, dict) and content.get("version") == VERSION and content.get("key") == self._key:
-            return dict(content.get("plans", {}))
+            plans = content.get("plans")
+            return plans if isinstance(plans, dict) else {}
         return {}
 
 
@@ -57,7 +58,7 @@ def _values(decided: Decided) -> dict[str, Any]:
 
 
 def _decided(values: Any) -> Decided:
-    """ValueError, KeyError or TypeError for what cannot be one."""
+    """ValueError, KeyError, TypeError, AttributeError or OverflowError for what cannot be one."""
     placements = {}
     for index, (saved, inputs, results) in values["placements"].items():
         pairs = tuple((ordinal, tier) for ordinal, tier in results)
@@ -68,8 +69,9 @@ def _decided(values: Any) -> Decided:
         placements[int(index)] = Placement(saved, inputs, pairs)
     saved_bytes = {int(index): nbytes for index, nbytes in values["saved_bytes"].items()}
     peak_bytes = {tier: values["peak_bytes"][tier] for tier in values["peak_bytes"] if tier in _TIERS}
-    if not all(type(nbytes) is int and nbytes >= 0 for nbytes in (*saved_bytes.values(), *peak_bytes.values())):
-        raise ValueError("not bytes")
+    counts = (*saved_bytes.values(), *peak_bytes.values(), *saved_bytes, *placements)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("not bytes, or not blocks")
     seconds = float(values["seconds"])
     if not 0.0 <= seconds < 1e9:  # false for NaN
         raise ValueError(f"not seconds: {seconds}")

@@ -51,6 +51,7 @@ class Drive:
             self._lock = FolderLock(store)
             if keep_bytes is None:
                 self._remove_files(all_but=DATA)
+                sync_folder(store)  # no record is found again whose data is cut off now
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             else:
                 os.truncate(self.path, keep_bytes)

@@ -20,7 +20,9 @@ LAYOUTS = ("layout-a", "layout-b")
 DIRTY = "dirty"
 HOME = "home"  # beside the data of every other drive: the path of the first one's folder, which has the records
 OPEN = "open"  # there while a run with commits is: left behind, the run did not end in order
-STORE_FILES = (*RECORDS, *LAYOUTS, DIRTY, OPEN, HOME, DATA)  # a record goes before the data that it names
+# As they are removed: a record goes before the data that it names, and the layout first of all, for without it none of the
+# records passes for the newest when only some are left.
+STORE_FILES = (*LAYOUTS, *RECORDS, DIRTY, OPEN, HOME, DATA)
 FREE_SHARE = 0.95  # of what is free: file systems need some of it for themselves
 
 

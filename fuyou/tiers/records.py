@@ -149,7 +149,7 @@ def read_newest(folders: Sequence[str]) -> Record:
     wrong with each copy, where there is none, and where an older step is whole but a newer one may be lost.
     """
     home = os.path.join(folders[0], FOLDER)
-    newest, problems = _newest_record(home)
+    newest, problems, _ = _newest_record(home)
     for name in LAYOUTS:
         path = os.path.join(home, name)
         if newest is None:
@@ -172,22 +172,27 @@ def read_newest(folders: Sequence[str]) -> Record:
 
 def payload_of_newest(home: str) -> tuple[int, dict[str, Any]] | None:
     """(step, payload) of the newest record in the folder `home`, whose layout is not looked at; None where no commit was
-    ever begun. StoreError as `read_newest`."""
-    newest, problems = _newest_record(home)
-    if newest is None and problems and any(os.path.lexists(os.path.join(home, name)) for name in RECORDS):
+    ever through. StoreError as `read_newest`."""
+    newest, problems, lost = _newest_record(home)
+    if newest is None and lost:
         raise StoreError(f"There is no complete step in {home}: {'; '.join(problems)}.")
     return None if newest is None else (newest.step, newest.payload)
 
 
-def _newest_record(home: str) -> tuple[_Found | None, list[str]]:
-    """With what is wrong with copies. A torn commit leaves one damaged copy (RecordFiles.write): where both copies of a
-    place are damaged, a step that was complete is lost, and an older one must not pass for the newest."""
+def _newest_record(home: str) -> tuple[_Found | None, list[str], bool]:
+    """With what is wrong with copies, and whether a step that was complete may be lost by it.
+
+    A torn commit leaves one damaged copy (RecordFiles.write): where both copies of a place are damaged, a step that was
+    complete is lost, and an older one must not pass for the newest. Where the second copy is still blank, nothing was ever
+    complete in this place; a store that was killed before it was open lacks files, and has none either.
+    """
     found: list[_Found] = []
     problems: list[str] = []
+    lost = False
     for place in range(PLACES):
-        damaged = []
-        for name in RECORDS[COPIES * place : COPIES * (place + 1)]:
-            path = os.path.join(home, name)
+        damaged, blank = [], []
+        paths = [os.path.join(home, name) for name in RECORDS[COPIES * place : COPIES * (place + 1)]]
+        for path in paths:
             try:
                 record = _read_record(path)
             except StoreError as error:
@@ -195,6 +200,8 @@ def _newest_record(home: str) -> tuple[_Found | None, list[str]]:
                 damaged += [path] if os.path.lexists(path) else []
             else:
                 found += [record] if record is not None else []
+                blank += [path] if record is None else []
+        lost |= bool(damaged) and (damaged, blank) != (paths[:1], paths[1:])
         if len(damaged) == COPIES:
             older = (
                 f"; to go on from an older one all the same, remove {' and '.join(damaged)}"
@@ -205,7 +212,7 @@ def _newest_record(home: str) -> tuple[_Found | None, list[str]]:
                 f"There is no complete step in {home} that is the newest for sure: both copies of a record are damaged "
                 f"({'; '.join(problems)}), and it may be of a later step than the others. Begin from a saved checkpoint{older}."
             )
-    return max(found, key=lambda each: each.number, default=None), problems
+    return max(found, key=lambda each: each.number, default=None), problems, lost
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from fuyou.core.beside import read_text
 from fuyou.core.errors import StorageIOError, StoreError
 from fuyou.tiers.checksum import checksum_named
 from fuyou.tiers.folders import DATA, DIRTY, FOLDER, HOME, OPEN
 from fuyou.tiers.records import Record, payload_of_newest, read_newest
 
-MOST_PATH_BYTES = 4096
 PIECE_BYTES = 1 << 20  # read at a time where bytes are only looked at
 
 
@@ -146,12 +146,23 @@ def damaged(record: Record, folders: Sequence[str], extent: int, what: str) -> s
 
 def open_saved(folders: Sequence[str]) -> Saved | None:
     """The newest step of the store that `folders` hold together, whichever of them has its records and wherever the others
-    of its drives are; None where no commit was ever begun. StoreError where a step was and cannot be read."""
+    of its drives are; None where no commit was ever through. StoreError where a step was and cannot be read; a store whose
+    drives another one has taken is passed over for that, where it has the step too."""
+    found = []
     for home in dict.fromkeys([*folders, *map(_home_of, folders)]):
         newest = payload_of_newest(os.path.join(home, FOLDER))
         if newest is not None:
-            drives = _drives(home, newest[1], folders)
+            found.append((*newest, home))
+    failure: StoreError | None = None
+    last = max((step for step, _, _ in found), default=0)
+    for _, payload, home in [each for each in found if each[0] == last]:
+        try:
+            drives = _drives(home, payload, folders)
             return Saved(drives, read_newest(drives))
+        except StoreError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return None
 
 
@@ -168,8 +179,7 @@ def is_dirty(folder: str) -> bool:
 def _home_of(folder: str) -> str:
     """The folder with the records of the store that `folder` is a drive of: itself, or as is written there."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        with open(os.path.join(folder, FOLDER, HOME), encoding="utf-8") as file:
-            told = file.read(MOST_PATH_BYTES)
+        told = read_text(os.path.join(folder, FOLDER, HOME))
         if os.path.isabs(told) and "\0" not in told:
             return told
     return folder
@@ -177,13 +187,19 @@ def _home_of(folder: str) -> str:
 
 def _drives(home: str, payload: dict[str, Any], given: Sequence[str]) -> list[str]:
     """The folders of a store's drives, in its order: as its record says where they are there still, else as they were
-    given (a drive may be mounted elsewhere by now)."""
+    given (a drive may be mounted elsewhere by now). StoreError where one is no drive of another folder's store any more."""
     told = payload.get("folders")
+    folders = [home, *(each for each in given if each != home)]
     if isinstance(told, list) and told and all(isinstance(each, str) and os.path.isabs(each) for each in told):
         told = [home, *told[1:]]
         if all(os.path.isfile(_data(each)) for each in told):
-            return told
-    return [home, *(each for each in given if each != home)]
+            folders = told
+    for each in folders[1:]:
+        if not os.path.lexists(os.path.join(each, FOLDER, HOME)):
+            raise StoreError(
+                f"The store of {home} has a drive in {each}, where another run has a store of its own now."
+            )
+    return folders
 
 
 def _data(folder: str) -> str:

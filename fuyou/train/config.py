@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fuyou.core.config import Config, nearest
 from fuyou.core.errors import ConfigError
-from fuyou.core.sizes import parse_bytes
+from fuyou.core.sizes import parse_bytes, shown
 from fuyou.core.ticket import DEADLINE_S
 from fuyou.train.trackers import check_trackers
 
@@ -182,7 +182,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"The configuration {path} is not a file: give the path of a YAML file with {_required()}.")
     try:
-        values = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+        values = parse_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     except OSError as error:
@@ -194,15 +194,24 @@ def _parse_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML document says; a key that stands twice is refused. YAMLError for all that is none: its constructors of
+    numbers and dates raise whatever their conversions do."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """SafeLoader keeps the last of two equal keys and says nothing."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key.value, str) and key.value in seen:
                 raise yaml.YAMLError(f"the key {key.value!r} stands twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
+            seen |= {key.value} if isinstance(key.value, str) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -212,7 +221,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--set {text!r} is not key=value, as in --set learning_rate=1e-4.")
     try:
-        return key, yaml.load(value, _UniqueKeys)
+        return key, parse_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"--set {text!r}: the value does not parse as YAML ({' '.join(str(error).split())}); quote it."
@@ -225,7 +234,7 @@ def _required() -> str:
 
 
 def _first_error(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: object) -> str:
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "missing":
         return f"{path}: the key {key!r} is missing; {_required()} have no default."
@@ -236,7 +245,7 @@ def _first_error(error: ValidationError, values: dict[str, Any], places: dict[st
         name, value = f"lora.{inner}", value[inner]
     elif key == "lora":
         reason = "give a mapping such as {r: 16, alpha: 32}, {} for its defaults, or null to train all parameters"
-    return f"{places[key]}: {name}={value!r} is refused: {reason[:1].lower()}{reason[1:]}."
+    return f"{places[key]}: {name}={shown(value)} is refused: {reason[:1].lower()}{reason[1:]}."
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:

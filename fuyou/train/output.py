@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fuyou.core.errors import ConfigError
-from fuyou.train.config import TrainConfig
+from fuyou.train.config import TrainConfig, parse_yaml
 from fuyou.train.resume import cut_metrics
 from fuyou.train.trackers import Trackers
 
@@ -78,7 +78,7 @@ def _which(output: Path) -> str:
     """Of what, how far it came and when, as far as its files tell."""
     told = ""
     with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        values = yaml.safe_load((output / "config.yaml").read_text("utf-8"))
+        values = parse_yaml((output / "config.yaml").read_text("utf-8"))
         if isinstance(values, dict) and "model" in values:
             told += f" of model {values['model']}"
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, IndexError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -82,16 +83,14 @@ def cut_metrics(path: Path, step: int) -> None:
     """Back to what stood there when `step` was committed: the steps up to it, and the evaluations before it. A last line that
     was torn goes. Whole or as it was."""
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []:
-        try:
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             values = json.loads(line)
-            if line.endswith("\n") and values["step"] <= step - ("eval_loss" in values):
+            if line.endswith(b"\n") and values["step"] <= step - ("eval_loss" in values):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
     file = PartialFile(path)
     try:
-        file.write(memoryview("".join(kept).encode()))
+        file.write(memoryview(b"".join(kept)))
         file.finish()
         file.publish()
     finally:
