@@ -57,7 +57,7 @@ def read_rest(saved: Saved, manifest: Manifest) -> Rest:
             generators=values.decode(payload["rng"]),
         )
         _check(rest)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(
             f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
         ) from error
