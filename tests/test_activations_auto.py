@@ -203,7 +203,9 @@ def test_a_device_without_the_room_now_recomputes():
 # --- in a run --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt", "t5", "vit", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "t5", *(pytest.param(each, marks=pytest.mark.slow) for each in ("vit", "mixtral"))]
+)
 @pytest.mark.parametrize("gpu", ["1GiB", "tight"])
 def test_the_same_bits_while_it_watches_tries_and_settles(name, gpu, nvme, monkeypatch):
     monkeypatch.setattr(stash, "SMALLEST_BYTES", 1)
@@ -262,8 +264,9 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize(
     "inner, outputs",
-    [pytest.param(512, 8192, id="wide outputs"), pytest.param(1024, 64, id="wide blocks", marks=pytest.mark.slow)],
+    [pytest.param(512, 8192, id="wide outputs"), pytest.param(1024, 64, id="wide blocks")],
 )
+@pytest.mark.slow
 def test_expected_peaks_are_those_of_a_run_under_each_mode(inner, outputs, nvme, tmp_path):
     """On the device, within 6 %, temporaries included. A run that may still choose has host memory staged for more."""
 

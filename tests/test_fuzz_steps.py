@@ -246,7 +246,12 @@ def test_payloads_of_a_run(made, count):
         finally:
             saved.close()
 
-    read(json.loads(json.dumps(whole)))  # the whole one is taken
+    whole = json.loads(json.dumps(whole))
+    read(whole)  # as it is, it is taken
+    for name, state in (("python", []), ("python", {"$tuple": [3, {"$tuple": [2**70] * 625}, None]}), ("numpy", [[]]),
+                        ("torch", encoder.encode(torch.zeros(5056, dtype=torch.uint8)[:5055], "x"))):  # fmt: skip
+        with pytest.raises(StoreError, match="was not written by fuyou"):
+            read(whole | {"rng": whole["rng"] | {name: state}})
     payloads = changed(whole, SPECIALS | JSON).filter(lambda value: isinstance(value, dict))
     fuzz(read, payloads, count)
 

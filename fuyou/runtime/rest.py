@@ -57,7 +57,7 @@ def read_rest(saved: Saved, manifest: Manifest) -> Rest:
             generators=values.decode(payload["rng"]),
         )
         _check(rest)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise StoreError(
             f"Step {saved.step} in {saved.folders[0]} lacks part of a run's state ({error!r}): it was not written by fuyou."
         ) from error
@@ -65,7 +65,7 @@ def read_rest(saved: Saved, manifest: Manifest) -> Rest:
 
 
 def _check(rest: Rest) -> None:
-    """ValueError for anything of another type than it is written with."""
+    """Raises something for anything of another type than it is written with."""
     tensors = [*rest.buffers.values(), rest.generators["torch"]]
     if not all(isinstance(each, torch.Tensor) for each in tensors):
         raise ValueError("buffers")
@@ -74,11 +74,7 @@ def _check(rest: Rest) -> None:
         raise ValueError("user_state, registered objects or groups")
     random.Random().setstate(rest.generators["python"])  # these say by themselves what they do not take
     np.random.RandomState().set_state(rest.generators["numpy"])
-    if (
-        rest.generators["torch"].shape != torch.get_rng_state().shape
-        or rest.generators["torch"].dtype is not torch.uint8
-    ):
-        raise ValueError("the state of torch's generator")
+    torch.Generator().set_state(rest.generators["torch"])
 
 
 def buffers_of(model: nn.Module) -> list[tuple[str, nn.Module, torch.Tensor]]:
