@@ -147,7 +147,9 @@ class Run:
             undo.pop_all()
         try:
             self._install()
-            if found is not None:
+            if found is None:
+                recovery.note_none(self._folders)
+            else:
                 self._go_on(found, rest)
         except BaseException:
             if self._open:  # all is on, and what failed is beside it (no descriptor left to measure with): take it off
@@ -232,6 +234,8 @@ class Run:
         checkpoints.save(os.fspath(folder), self._updates.step, self._units, self._committing, self._tiers.writes)
         if self._folders:
             recovery.note_saved(self._folders[0], os.path.realpath(folder), self._updates.step)
+            if not self._tiers.durable:  # a step that was moved aside for this run was its newest checkpoint until now
+                recovery.clear_moved(self._folders)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Make the run what it was when `folder`, a checkpoint or the store of a closed run, was written; gradients go.

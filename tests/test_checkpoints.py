@@ -88,6 +88,39 @@ def test_a_live_store_that_is_of_no_step_is_refused_and_the_newest_checkpoint_is
     assert losses + more == plain[0][:4]
 
 
+def test_a_run_whose_state_is_all_in_memory_has_its_checkpoint_named_too(nvme, tmp_path):
+    loop = Loop()
+    with loop.wrapped(nvme, ram="64MiB", durability="checkpoint") as run:
+        loop.steps(1)
+        run.save(tmp_path / "saved")
+        shutil.copytree(nvme, tmp_path / "left")  # what a kill leaves: no store is marked, for none was updated
+    with pytest.raises(
+        StateError, match=rf"committed none.*Config\(resume='{tmp_path}/saved'\).* of step 1.*resume=False"
+    ):
+        resumed(tmp_path / "left", 1, 2, ram="64MiB", durability="checkpoint")
+    for resume in (False, True):  # once it is begun anew there is nothing to go on from
+        with Loop().wrapped(tmp_path / "left", resume=resume, ram="64MiB", durability="checkpoint") as run:
+            assert run.user_state == {}
+
+
+def test_a_checkpoint_that_was_saved_is_newer_than_a_step_that_was_moved(nvme, tmp_path, plain):
+    """A run that commits nothing goes on from a store that had another layout, and saves, and is killed."""
+    loop = Loop()
+    with loop.wrapped(nvme):
+        losses = loop.steps(2)
+    again = Loop()
+    with again.wrapped(nvme, resume=True, ram="600KiB", durability="checkpoint") as run:
+        losses += again.steps(1)
+        run.save(tmp_path / "saved")
+        losses += again.steps(1)
+        run.settle()
+        shutil.copytree(nvme, tmp_path / "left")
+    with pytest.raises(StateError, match=rf"Config\(resume='{tmp_path}/saved'\).* of step 3"):
+        resumed(tmp_path / "left", 1, 2, durability="checkpoint")
+    more, _ = resumed(tmp_path / "left", 2, 3, resume=str(tmp_path / "saved"), durability="checkpoint")
+    assert losses[:3] + more == plain[0][:5]
+
+
 def test_a_checkpoint_is_there_whole_or_not_at_all(nvme, tmp_path):
     loop = Loop()
     with loop.wrapped(nvme) as run:

@@ -269,7 +269,7 @@ def test_marks_and_what_is_noted_beside_a_store(place, count):
         (folder / recovery.SAVED).write_bytes(value[1])
         assert open_saved([str(folder)]) is None
         with pytest.raises(StateError):
-            recovery._refuse_dirty(str(folder))
+            recovery._refuse_of_no_step(str(folder))
 
     data = texts.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=60)
     paths = st.text(st.characters(codec="utf-8"), max_size=5000).map(lambda text: b"/" + text.encode())
@@ -285,5 +285,5 @@ def test_what_is_no_file_is_not_waited_for(place, name):
         make(place / name)
         assert open_saved([str(place)]) is None
         with pytest.raises(StateError, match="it saved no checkpoint"):
-            recovery._refuse_dirty(str(place))
+            recovery._refuse_of_no_step(str(place))
         (os.rmdir if (place / name).is_dir() and not (place / name).is_symlink() else os.unlink)(place / name)

@@ -62,7 +62,7 @@ def find(resume: bool | str | None, planned: Planned, model: nn.Module) -> Sourc
     elif resume:
         source = _newest_of(planned.folders)
         if source is None and planned.folders:
-            _refuse_dirty(planned.folders[0])
+            _refuse_of_no_step(planned.folders[0])
     else:
         source = None
         if resume is None:
@@ -117,6 +117,13 @@ def note_saved(folder: str, checkpoint: str, step: int) -> None:
     write_beside(folder, SAVED, {"folder": checkpoint, "step": step})
 
 
+def note_none(folders: Sequence[str]) -> None:
+    """A run has begun anew: it has no checkpoint yet."""
+    for folder in folders[:1]:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, SAVED))
+
+
 def forget(source: Source) -> None:
     """The step is committed at home: what it came from, and is nobody's now, goes."""
     source.close()
@@ -167,18 +174,21 @@ def _refuse_to_discard(folders: Sequence[str]) -> None:
             )
 
 
-def _refuse_dirty(folder: str) -> None:
-    if not is_dirty(folder):
-        return
+def _refuse_of_no_step(folder: str) -> None:
+    """StateError where a run without commits was, and somebody may think that it can be gone on with."""
     noted = read_beside(folder, SAVED)
-    if isinstance(noted, dict) and isinstance(noted.get("folder"), str):
+    saved = isinstance(noted, dict) and isinstance(noted.get("folder"), str)
+    if is_dirty(folder):
+        what = "was being updated in place (durability='checkpoint') when its run ended, and is of no single step"
+    elif saved:
+        what = "has no step: its run committed none (durability='checkpoint')"
+    else:
+        return
+    if saved:
         cure = f"Config(resume={noted['folder']!r}) goes on from its newest checkpoint, of step {noted.get('step')}"
     else:
-        cure = "it saved no checkpoint (run.save), and Config(resume=False) starts anew"
-    raise StateError(
-        f"The store in {folder} was being updated in place (durability='checkpoint') when its run ended, and is of no single "
-        f"step: {cure}."
-    )
+        cure = "it saved no checkpoint (run.save)"
+    raise StateError(f"The store in {folder} {what}: {cure}, and Config(resume=False) starts anew.")
 
 
 def _refuse_other(source: Source, planned: Planned, model: nn.Module) -> None:
