@@ -50,6 +50,15 @@ def place(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=sides.SIDES)
 def compare(request: pytest.FixtureRequest, nvme: Path) -> Callable[..., Any]:
     """compare(script, name, prepare): both sides of a training loop, see sides.py."""

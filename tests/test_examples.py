@@ -41,13 +41,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the examples are given: a sum over two threads has other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the examples are given: a sum over two threads has other bits
 
 
 @pytest.fixture(scope="module")

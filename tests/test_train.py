@@ -24,14 +24,7 @@ from fuyou.core.sizes import format_bytes
 from fuyou.train.config import TrainConfig, read_config
 from fuyou.train.output import Metrics, opened_output
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small only make threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small only make threads wait for one another
 
 
 # --- a whole job --------------------------------------------------------------------------------------------------

@@ -20,14 +20,7 @@ from safetensors.torch import load_file
 from fuyou.cli import main
 from fuyou.train.output import Metrics
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small only make threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # matrices this small only make threads wait for one another
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,9 @@ def _derived(func: Callable, args: tuple, kwargs: dict) -> Any:
     try:
         elsewhere = {name: value for name, value in kwargs.items() if name != "device"}
         result = func(*tree_map(_without_bytes, args), **tree_map(_without_bytes, elsewhere))
-    except (RuntimeError, NotImplementedError, TypeError):  # it needs values
+    except (RuntimeError, NotImplementedError, TypeError):
+        # Placeholders cannot say what this gives (an item, a branch on a value): it is computed below, of bytes that are read,
+        # where an error that is the caller's is raised again.
         result = None
     if isinstance(result, torch.Tensor):
         return stored(_source(func, args, kwargs, result), result.shape)
