@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 import transformers
 from architectures import TEXTS, UNREPEATABLE
 from architectures_media import MEDIA
-from safetensors.torch import load_file, save_file
+from import_tools import BUDGETS, SMALL, adamw, bits, change, llama, same, tensors_of, train
+from safetensors.torch import load_file
 from torch import nn
 
 import fuyou
@@ -26,63 +26,7 @@ from fuyou.checkpoint.imports import import_pretrained, in_short
 from fuyou.checkpoint.stored import Stored, converted_bytes, value_of
 from fuyou.core.errors import ConfigError
 
-BUDGETS: dict[str, Any] = {"ram": "8MiB", "gpu": "128MiB", "device": "cpu"}
-SMALL = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Under all names, so that ties show too; buffers that are not saved as well."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def llama(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **values: Any) -> Path:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **values})).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():  # values that the smaller dtypes round, some of them to inf and to zero
-            parameter.mul_(torch.randn(parameter.shape).exp())
-        model.lm_head.weight[0, :3] = torch.tensor([60000.0, 1e-7, -0.0]).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)
-    return folder
-
-
-def batch(index: int) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(index))
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def train(model: nn.Module, optimizer: Any, steps: int = 3) -> list[float]:
-    model.train()
-    losses = []
-    for step in range(steps):
-        torch.manual_seed(step)
-        loss = model(**batch(step)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2, fused=True)
-
-
-def same(model: nn.Module, expected: nn.Module) -> None:
-    found, wanted = tensors_of(model), tensors_of(expected)
-    assert list(found) == list(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and bits(found[name]) == bits(tensor), name
-
 
 # --- equal to from_pretrained -------------------------------------------------------------------------------------
 
@@ -196,12 +140,6 @@ def _after(seed: int, model_class: Any, folder: Path) -> float:
 
 
 # --- what does not fit --------------------------------------------------------------------------------------------
-
-
-def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def configure(folder: Path, **values: Any) -> None:
@@ -368,116 +306,6 @@ def test_files_are_closed_and_the_tokenizer_travels(tmp_path, nvme):
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), run.model)
-
-
-# --- a model on the meta device -----------------------------------------------------------------------------------
-
-
-def on_meta(folder: Path, buffers: bool = True) -> Any:
-    configuration = transformers.AutoConfig.from_pretrained(folder)
-    if buffers:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(configuration)
-    accelerate = pytest.importorskip("accelerate")
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(configuration)
-    model.tie_weights()
-    return model
-
-
-@pytest.mark.parametrize("buffers", [True, False], ids=["buffers on meta", "buffers in memory"])
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_a_model_on_the_meta_device_is_given_its_weights(tmp_path, nvme, tied, buffers):
-    folder = llama(tmp_path / "m", tie_word_embeddings=tied, shard="20KB")
-    expected = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    losses = train(expected, adamw(expected))
-    model = on_meta(folder, buffers)
-    optimizer = adamw(model)
-    before = torch.get_rng_state()
-    with fuyou.wrap(model, optimizer, nvme, weights=folder, **BUDGETS) as run:
-        assert torch.equal(torch.get_rng_state(), before)
-        assert train(model, run.optimizer) == losses
-    same(model, expected)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-
-
-def test_what_is_in_memory_stays(tmp_path, nvme):
-    folder = llama(tmp_path / "m")
-    model = on_meta(folder)
-    model.lm_head = nn.Linear(32, 64, bias=False)
-    change(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    expected = model.lm_head.weight.detach().clone()
-    with fuyou.wrap(model, adamw(model), nvme, weights=folder, **BUDGETS):
-        pass
-    assert bits(model.lm_head.weight) == bits(expected)
-    stored = load_file(folder / "model.safetensors")
-    assert all(bits(each) == bits(stored[name]) for name, each in model.named_parameters() if name != "lm_head.weight")
-
-
-class Plain(nn.Module):
-    """Not of transformers; its scratch buffer is in no file."""
-
-    def __init__(self, scratch_on: str | None = "cpu") -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(3))
-        self.register_buffer("scratch", torch.ones(3, device=scratch_on), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x * self.scratch.sum()
-
-
-def test_a_plain_module_takes_the_names_of_its_state_dict(tmp_path, nvme):
-    torch.manual_seed(0)
-    expected = Plain()
-    for _ in range(3):
-        expected(torch.randn(5, 8))  # the batch norms' buffers have values
-    save_file(expected.state_dict(), tmp_path / "model.safetensors")
-    with torch.device("meta"):
-        model = Plain()
-    with fuyou.wrap(model, adamw(model), nvme, weights=tmp_path, **BUDGETS) as run:
-        x = torch.randn(5, 8)
-        ours, theirs = model(x), expected(x)
-        assert bits(ours) == bits(theirs)
-        ours.sum().backward(), theirs.sum().backward()
-        run.optimizer.step(), adamw(expected).step()
-    same(model, expected)
-    with torch.device("meta"):
-        model = Plain(scratch_on=None)
-    with pytest.raises(ConfigError, match=r"lack 1 tensor of the model, .*: scratch"):
-        fuyou.wrap(model, adamw(model), nvme, weights=tmp_path, **BUDGETS)
-    change(tmp_path, lambda tensors: tensors.update(extra=torch.ones(1)))
-    with torch.device("meta"):
-        model = Plain()
-    with pytest.raises(ConfigError, match="hold 1 tensor that the model has no place for: extra"):
-        fuyou.wrap(model, adamw(model), nvme, weights=tmp_path, **BUDGETS)
-
-
-def test_nothing_has_changed_when_it_is_refused(tmp_path, nvme):
-    folder = llama(tmp_path / "m")
-    model = on_meta(folder)
-    optimizer = adamw(model)
-    before = tensors_of(model)
-    with pytest.raises(fuyou.BudgetError) as refused:
-        fuyou.wrap(model, optimizer, nvme, weights=folder, ram=1, gpu="128MiB", device="cpu")
-    with pytest.raises(ConfigError, match="does not exist"):
-        fuyou.wrap(model, optimizer, nvme, weights=folder / "none", **BUDGETS)
-    change(folder, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(ConfigError, match="model.norm.weight"):
-        fuyou.wrap(model, optimizer, nvme, weights=folder, **BUDGETS)
-    with pytest.raises(ConfigError, match="weights=folder"):
-        fuyou.wrap(model, optimizer, nvme, **BUDGETS)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(llama(tmp_path / "loaded"))
-    with pytest.raises(ConfigError, match="has its values already"):
-        fuyou.wrap(loaded, adamw(loaded), nvme, weights=folder, **BUDGETS)
-    after = tensors_of(model)
-    assert all(after[name] is tensor and tensor.is_meta for name, tensor in before.items())
-    assert all(type(each) is nn.Parameter for each in model.parameters()) and optimizer.param_groups[0]["params"]
-    folder = llama(tmp_path / "whole")
-    with fuyou.wrap(model, optimizer, nvme, weights=folder, ram=refused.value.needed_bytes, gpu="128MiB", device="cpu"):
-        pass
-    same(model, transformers.AutoModelForCausalLM.from_pretrained(folder))
 
 
 # --- what is computed whole ---------------------------------------------------------------------------------------
