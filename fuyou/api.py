@@ -15,6 +15,7 @@ from fuyou.checkpoint import checkpoints
 from fuyou.checkpoint.export import SHARD_BYTES, MemoryTensor, TensorSource
 from fuyou.checkpoint.meta_model import give_weights
 from fuyou.checkpoint.pretrained import copy_tokenizer, export_pretrained
+from fuyou.checkpoint.saves import saves_of
 from fuyou.checkpoint.source import MemberSource
 from fuyou.checkpoint.stored import converted_bytes, let_go, parts_of
 from fuyou.core.config import Config
@@ -137,6 +138,7 @@ class Run:
             )
             self._movers = Movers(model, self._units, planned, self._tiers, self._committing, config)
             self._schedule, self._updates = self._movers.schedule, self._movers.updates
+            self._saves = saves_of(self._tiers, planned.plan, self._saved)
             if found is None:
                 self._ledger.charge("host", "staging", planned.import_bytes, "weights that are converted whole")
                 self._fill(passed)
@@ -167,14 +169,20 @@ class Run:
 
     def settle(self) -> None:
         """Every update that was asked for is made, every write under way is done, every change made to a parameter's copy
-        is home, and with durability "step" the last step is committed. Raises their errors."""
+        is home, with durability "step" the last step is committed, and a checkpoint that was asked for is there. Raises their
+        errors."""
         self._guard()
         self._settle()
+        self._saves.wait()
 
-    def _settle(self) -> None:
+    def _send_home(self) -> None:
+        """What is on the device and was changed is on its way."""
         self._schedule.end_backward()
         self._movers.away.settle()
         self._movers.gradients.end_backward()
+
+    def _settle(self) -> None:
+        self._send_home()
         self._updates.drain()
         self._tiers.writes.drain()
         self._committing.complete_again()
@@ -215,7 +223,8 @@ class Run:
         the run was made from a folder (`load_pretrained`, `wrap(weights=)`). Of a model with PEFT adapters these alone, in
         PEFT's layout, or with `merge_adapters` the whole model with them added (LoRA). Streams: host memory is that of a
         few chunks. Raises StoreError where the disk has no room, ConfigError for adapters that cannot be merged."""
-        self.settle()
+        self._guard()
+        self._settle()
         self._export(folder, merge_adapters, parse_bytes(max_shard_size, "max_shard_size"))
         if self.origin is not None:
             copy_tokenizer(self.origin, folder)
@@ -227,13 +236,31 @@ class Run:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write all that the run is to `folder`, which must not exist yet and is there whole or not at all: weights,
-        optimizer state, and what [Note: what a commit holds] lists, as it is now; not the gradients. Streams: host memory
-        is that of a few chunks. `run.load`, and `wrap` with Config(resume=folder), go on from it with the same bits, under
-        any budgets. ConfigError for a folder that exists, StoreError without room, StorageIOError."""
-        self.settle()
-        checkpoints.save(os.fspath(folder), self._updates.step, self._units, self._committing, self._tiers.writes)
+        optimizer state, and what [Note: what a commit holds] lists, as it is now; not the gradients. `run.load`, and `wrap`
+        with Config(resume=folder), go on from it with the same bits, under any budgets.
+
+        With durability "step" it is copied beside training, through 1 MiB of host memory, and is there when the next `save`,
+        `settle()` or `close()` returns; what fails on the way is raised by that, and training goes on. Where steps are not
+        committed it is there when this returns. ConfigError for a folder that exists, StoreError without room,
+        StorageIOError."""
+        self._guard()
+        self._saves.wait()
+        self._send_home()
+        draft = checkpoints.Draft(os.fspath(folder), self._updates.step, self._units, self._committing)
+        try:
+            if self._saves.begin(draft, self._committing.at_commit):
+                return
+            self._settle()
+            checkpoints.save(draft, self._tiers.writes)
+        except BaseException:
+            draft.discard()
+            raise
+        self._saved(draft.writer.folder, draft.step)
+
+    def _saved(self, folder: str, step: int) -> None:
+        """A checkpoint is there. By any thread."""
         if self._folders:
-            recovery.note_saved(self._folders[0], os.path.realpath(folder), self._updates.step)
+            recovery.note_saved(self._folders[0], folder, step)
             if not self._tiers.durable:  # a step that was moved aside for this run was its newest checkpoint until now
                 recovery.clear_moved(self._folders)
 
@@ -284,6 +311,7 @@ class Run:
         if not self._open:
             self._tiers.close()  # what was past its deadline then; else there is nothing left
             return
+        unsaved: Exception | None = None
         try:
             if not self._schedule.torn:
                 self._settle()
@@ -296,6 +324,7 @@ class Run:
             if not given_back:
                 self._leave_on_disk(self._handing_back.weight_bytes)
             self.optimizer.state.close()
+            unsaved = self._saves.problem()
         except DeadlineError:
             raise
         except BaseException as error:
@@ -303,6 +332,8 @@ class Run:
             self._take_down()
             raise
         self._take_down()
+        if unsaved is not None:
+            raise unsaved
 
     def _take_down(self) -> None:
         self._open = False
@@ -310,6 +341,7 @@ class Run:
         self._ledger.discharge("device", "weights", self._buffer_bytes)
         try:
             self._movers.close()
+            self._saves.close()
         finally:
             self._tiers.close()
 

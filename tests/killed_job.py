@@ -14,7 +14,8 @@ import fuyou
 
 def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
     """Train to `steps`. Tells the pipe "resumed N", then "committed N" once `run.committed_step` says so, and "done DIGEST"
-    of the last state; metrics are a line a step in folder/metrics, cut back to the step that the run goes on from."""
+    of the last state; metrics are a line a step in folder/metrics, cut back to the step that the run goes on from. Every third
+    step is saved to folder/saves, beside training, where it is not there yet."""
 
     def tell(*words: object) -> None:
         os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
@@ -34,6 +35,8 @@ def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
                 loss = loop.step()
                 file.write(json.dumps({"step": step, "loss": loss.hex(), "rows": loop.read}) + "\n")
                 file.flush()
+                if step % 3 == 2 and not (folder / f"saves/{step + 1}").exists():
+                    run.save(folder / f"saves/{step + 1}")
                 if run.committed_step > told:
                     told = run.committed_step
                     tell("committed", told)

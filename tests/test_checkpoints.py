@@ -129,8 +129,11 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(nvme, tmp_path):
         for nbytes in (100_000, 300_000):
             with file_size_limit(nbytes), pytest.raises(fuyou.FuyouError, match="File too large"):
                 run.save(tmp_path / "saved")
+                run.settle()  # copied beside training, which is told
+            run.settle()  # once
             assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".saved*"))
         run.save(tmp_path / "saved")
+        run.settle()
         before = {path.name: path.read_bytes() for path in (tmp_path / "saved" / FOLDER).iterdir()}
         with pytest.raises(ConfigError, match="exists already"):
             run.save(tmp_path / "saved")
@@ -149,6 +152,7 @@ def test_a_damaged_checkpoint_changes_nothing(nvme, tmp_path, seed):
         loop.steps(2)
         run.save(tmp_path / "saved")
         loop.steps(1)
+        run.settle()
         before, draw, refused = loop.state(), random.Random(seed), 0
         for _ in range(25):
             shutil.rmtree(tmp_path / "again", ignore_errors=True)
@@ -230,6 +234,7 @@ def test_what_has_its_checksums_and_is_impossible_is_refused_in_words(nvme, tmp_
     with loop.wrapped(nvme) as run:
         loop.steps(1)
         run.save(tmp_path / "saved")
+        run.settle()
         rewritten(tmp_path / "saved", FORGED[what])
         with pytest.raises(StoreError, match="was not written by fuyou|does not say|have no|are not those"):
             run.load(tmp_path / "saved")

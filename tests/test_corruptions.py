@@ -35,6 +35,7 @@ class Left:
             run.settle()
             shutil.copytree(place / "drives", place / "left" / "drives")
             run.save(place / "left" / "saved")
+            run.settle()
             self.state = digest(loop.state())
 
     def copy(self, what: str) -> tuple[list[Path], Record]:

@@ -54,11 +54,12 @@ SCRIPT = """
 
     # What nobody kills takes, so that kills fall anywhere in it.
     loop = Loop()
-    losses, rows = [], []
-    for _ in range(STEPS):
+    losses, rows, states = [], [], {}
+    for step in range(1, STEPS + 1):
         loop.read.clear()
         losses.append(loop.step().hex())
         rows.append(list(loop.read))
+        states[str(step)] = digest(loop.state())
     expected = digest(loop.state())
 
     history = []
@@ -104,6 +105,13 @@ SCRIPT = """
     assert wrong == [], (wrong, history)
     assert done == expected, history
     assert in_recovery and at_work, (in_recovery, at_work)
+    saved = [path for path in (folder / "saves").iterdir() if not path.name.startswith(".")]  # each is whole
+    assert saved
+    (folder / "other").mkdir()
+    for path in saved:
+        loop = Loop()
+        with loop.wrapped(folder / "other", ram="64MiB", resume=str(path)):
+            assert digest(loop.state()) == states[path.name], path.name
     print("kills", turn, "before the first word", in_recovery, "after it", at_work, "OK", sep=" ")
 """
 

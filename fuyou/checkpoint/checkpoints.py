@@ -7,9 +7,9 @@ a reflink of the file system, pinned slots) has a checkpoint's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from fuyou.core.errors import StateError, StoreError
@@ -25,36 +25,73 @@ from fuyou.tiers.records import PAGE_BYTES
 from fuyou.tiers.saving import SavedWriter
 
 
-def save(folder: str, step: int, units: Sequence[Unit], committing: Committing, writes: WriteBehind) -> None:
-    """See Run.save. All updates are made."""
-    payload, blobs = committing.whole()
-    numbers: dict[tuple[Chunk, str], int] = {}
-    for unit in units:
-        for chunk in unit.chunks:
-            for kind, each in (("weights", chunk.weights), ("optimizer", chunk.state)):
-                if each is not None and each.written:
-                    numbers[chunk, kind] = len(numbers)
-    manifest = committing.manifest().numbered(units, lambda chunk, kind: numbers.get((chunk, kind), -1))
-    text = manifest.encode()
-    blobs["manifest"] = (len(text), [(0, torch.frombuffer(bytearray(text), dtype=torch.uint8))])
-    payload["blobs"] = {name: [nbytes, [len(numbers) + at]] for at, (name, (nbytes, _)) in enumerate(blobs.items())}
-    ranges = sum(each.nbytes for chunk, kind in numbers for each in [_range(chunk, kind)])
-    with SavedWriter(
-        folder, ranges + PAGE_BYTES * len(numbers) + sum(nbytes for nbytes, _ in blobs.values())
-    ) as writer:
-        for (chunk, kind), number in numbers.items():
-            staging = _staged(chunk, [_range(chunk, kind)], writes)
-            try:
-                staging.load().wait()
-                writer.put(number, staging.views[0].numpy().data)
-            finally:
-                staging.release()
-        for at, (nbytes, parts) in enumerate(blobs.values()):
-            whole = bytearray(max(nbytes, 1))
-            for offset, data in parts:
-                whole[offset : offset + data.numel()] = data.numpy().data
-            writer.put(len(numbers) + at, memoryview(whole))
-        writer.finish(step, payload)
+class Draft:
+    """A checkpoint that is being written, with what the run is now beside weights and optimizer state: the payload, and
+    byte strings as its first extents. The others, a range each, come as their bytes can be had; `ranges` are all there are.
+
+    Whoever has it finishes it or discards it.
+    """
+
+    def __init__(self, folder: str, step: int, units: Sequence[Unit], committing: Committing) -> None:
+        """ConfigError for a folder that exists, StoreError without room, StorageIOError."""
+        self.step = step
+        self._units = units
+        self._manifest = committing.manifest()
+        self._payload, blobs = committing.whole()
+        self.ranges = {
+            (chunk, kind): each
+            for unit in units
+            for chunk in unit.chunks
+            for kind, each in (("weights", chunk.weights), ("optimizer", chunk.state))
+            if each is not None
+        }
+        self._first = len(blobs) + 1
+        nbytes = sum(nbytes for nbytes, _ in blobs.values()) + len(self._manifest.encode())
+        nbytes += sum(each.nbytes + PAGE_BYTES for each in self.ranges.values())
+        self.writer = SavedWriter(folder, nbytes)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.discard)
+            self._payload["blobs"] = {}
+            for name, (nbytes, parts) in blobs.items():
+                whole = bytearray(max(nbytes, 1))
+                for offset, data in parts:
+                    whole[offset : offset + data.numel()] = data.numpy().data
+                self._put(name, nbytes, whole)
+            undo.pop_all()
+
+    def number(self, has: Callable[[Range], bool]) -> dict[tuple[Chunk, str], int]:
+        """The extents of those ranges that have bytes, which the caller writes now; called once."""
+        numbers = {
+            key: number for number, (key, each) in enumerate(self.ranges.items(), start=self._first) if has(each)
+        }
+        manifest = self._manifest.numbered(self._units, lambda chunk, kind: numbers.get((chunk, kind), -1)).encode()
+        self._put("manifest", len(manifest), manifest)
+        return numbers
+
+    def finish(self) -> None:
+        """All extents are written: it is a checkpoint, under its name, when this returns."""
+        self.writer.finish(self.step, self._payload)
+
+    def discard(self) -> None:
+        """Remove what was not finished; after `finish` there is nothing to remove."""
+        self.writer.discard()
+
+    def _put(self, name: str, nbytes: int, whole: bytes | bytearray) -> None:
+        number = len(self._payload["blobs"])
+        self.writer.put(number, memoryview(whole))
+        self._payload["blobs"][name] = [nbytes, [number]]
+
+
+def save(draft: Draft, writes: WriteBehind) -> None:
+    """Write and finish it, from wherever the bytes are now. All updates are made."""
+    for (chunk, kind), number in draft.number(lambda each: each.written).items():
+        staging = _staged(chunk, [draft.ranges[chunk, kind]], writes)
+        try:
+            staging.load().wait()
+            draft.writer.put(number, staging.views[0].numpy().data)
+        finally:
+            staging.release()
+    draft.finish()
 
 
 def open_for(folder: str, units: Sequence[Unit], model: nn.Module) -> Source:
@@ -93,10 +130,6 @@ def load(source: Source, units: Sequence[Unit], swapper: Swapper, updates: Updat
                 raise
             writes.put(stored, staging)
     writes.drain()
-
-
-def _range(chunk: Chunk, kind: str) -> Range:
-    return chunk.weights if kind == "weights" else chunk.rewritten[1]
 
 
 def _staged(chunk: Chunk, ranges: Sequence[Range], writes: WriteBehind) -> Staging:

@@ -40,6 +40,7 @@ ACTIVATION_PIECE_BYTES = 4 << 20
 ACTIVATION_BUFFERS = 8
 SMALLEST_PIECE_BYTES = 64 << 10
 LARGEST_ASIDE_BYTES = 256 << 10
+SAVING_BUFFERS = 4  # pieces of the same size, through which a checkpoint is copied beside training
 AUTO_SWAPS_FROM_BYTES = 256 << 20  # of host memory; a smaller budget has none to spare for what may not be used
 
 
@@ -90,8 +91,8 @@ class Plan:
     chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
-    `staging_bytes` counts the buffers of `activations` and `aside_bytes` too. `state_slots`: slots of an NVMe
-    extent that updates rewrite.
+    `staging_bytes` counts the buffers of `activations` too, and those of `aside_bytes`, for commits and for checkpoints.
+    `state_slots`: slots of an NVMe extent that updates rewrite.
     `through`: steps are committed, so weights and state on the host are on NVMe too, in `committed` extents together with
     the others.
     """
@@ -147,10 +148,12 @@ def make_plan(
     memory = _plan_activations(ram_bytes, with_nvme, activations)
     aside = _aside_bytes(ram_bytes) if durable else 0
     try:
-        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside)
+        beside = memory.staging_bytes + (1 + SAVING_BUFFERS) * aside
+        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, beside)
     except BudgetError:  # what the smallest staging needs is told with, and is enough with, the smallest piece
         aside = min(aside, PAGE_BYTES)
-        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, memory.staging_bytes + aside)
+        beside = memory.staging_bytes + (1 + SAVING_BUFFERS) * aside
+        staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, beside)
     chunk, counts, buffers, staging = staged
     if activations == "host":
         memory = replace(memory, pool_bytes=_pool_bytes(units, ram_bytes - staging, with_nvme))

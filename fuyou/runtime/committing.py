@@ -149,6 +149,16 @@ class Committing:
         if before != self._payloads[self._step] or (self._store is not None and self._store.changed):
             self._updates.commit_again()
 
+    def at_commit(self, told: Callable[[Ticket], None]) -> bool:
+        """See Updates.at_commit: the last step's as it is now, its second half taken where it was still to come. Changed
+        copies are home."""
+        if self._early is not None:
+            self.complete()
+        else:
+            self.complete_again()
+        store = self._store
+        return store is not None and self._updates.at_commit(told, lambda: store.changed)
+
     def commit(self, step: int) -> Ticket:
         """Called under the lock of the updates, by any thread, when all of the step is written or on its way."""
         if self._store is None:

@@ -81,7 +81,7 @@ class Aside:
             checksum = best_checksum().of(buffer.address, self._piece_bytes)
             if not extent.written or self._checksums.get(extent) != checksum:
                 before_write()
-                extent.free_after().wait()
+                extent.await_free()
                 moves.append(extent.write(buffer.address, buffer))
                 self._checksums[extent] = checksum
         finally:

@@ -60,10 +60,15 @@ class Range:
         """Where it is on the drives, as its home or as a copy."""
         return self.through if isinstance(self.home, Lease) else self.home
 
-    def free_after(self) -> Ticket:
-        """What must be done before it may be written: a commit that names the place."""
-        extent = self.extent
-        return DONE if extent is None else extent.free_after()
+    def await_free(self) -> None:
+        """It may be written: no commit and no checkpoint under way needs the place."""
+        if self.extent is not None:
+            self.extent.await_free()
+
+    def pinned(self) -> Ticket:
+        """What a write to the drives waits for when no commit is in its way: a checkpoint that has still to copy what is
+        there."""
+        return DONE if self.extent is None else self.extent.pinned()
 
     def accept(self) -> None:
         """The bytes written ahead are those of now."""

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from fuyou.core.ticket import DONE, Ticket
+from fuyou.core.ticket import DONE, AllOf, Failed, Ticket
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.unit import Chunk, Member
 from fuyou.swap.update import MemberUpdate, Phase, StepUpdates, Update
@@ -44,6 +44,7 @@ class UpdateQueue:
         self._read: deque[Update] = deque()  # READING, in the order in which they were begun
         self._steps: dict[int, StepUpdates] = {}  # those of which something is left to do, in their order
         self._committed: Ticket = DONE  # of the last step of which nothing is
+        self._at_commit: tuple[int, Callable[[Ticket], None]] | None = None  # of a step of which something is
         self.step = 0  # steps asked for
         self.counts = dict.fromkeys(("guessed", "accepted", "dropped", "deferred"), 0)
         self.failure: BaseException | None = None
@@ -119,7 +120,14 @@ class UpdateQueue:
             del self._steps[number]
             if self._commit is not None and self.failure is None:
                 self._committed = self._commit(number)
+            self._tell_commit(number)
             self._changed.notify_all()
+
+    def _tell_commit(self, step: int) -> None:
+        """Whoever wants to know of the step's commit is told."""
+        if self._at_commit is not None and self._at_commit[0] <= step:
+            (_, told), self._at_commit = self._at_commit, None
+            told(self._committed if self.failure is None else Failed(self.failure))
 
     def _release(self, update: Update) -> None:
         """→ ENDED."""
@@ -149,10 +157,17 @@ class UpdateQueue:
             heapq.heappop(self._queue)
         return False
 
+    def _checkpoint(self) -> Ticket:
+        """What the queue's head waits for beside commits: a checkpoint copies what it will write over."""
+        kind, item = self._queue[0][2], self._queue[0][5]
+        if kind is Kind.THROUGH:
+            return item.pinned()
+        return AllOf([each.pinned() for each in item.chunk.rewritten if not each.on_host])
+
     def _take_first(self, buffer: Lease | None) -> Update | None:
         """The first update there is now: while a buffer was waited for, a more urgent one may have come, or none be left."""
         with self._changed:
-            if self._first() and self._queue[0][2] is Kind.UPDATE:
+            if self._first() and self._queue[0][2] is Kind.UPDATE and self._checkpoint().done():
                 update = self._queue[0][5]
                 if not (update.firm or all(each.can_write_ahead for each in update.chunk.rewritten)):
                     self._drop(update)  # what the user wrote is in the place that a guess would need

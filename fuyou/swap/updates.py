@@ -27,7 +27,7 @@ import torch
 
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.races import Races
-from fuyou.core.ticket import AllOf, Failed, Ticket, wait_for
+from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.optimizer_state import apply_update, load_written
 from fuyou.swap.ranges import Range, Staging
@@ -46,7 +46,8 @@ class Updates(UpdateQueue):
     the step is written or on its way, and `captured` has been called after it. `complete()` sees to that where a commit is
     waited for. `at_step`: a step is asked for and made in one.
 
-    `seconds`, since the run began, of the two threads: one waits for commits and for writes, the other for reads, and computes.
+    `seconds`, since the run began, of the two threads: one waits for commits, checkpoints and writes, the other for reads,
+    and computes.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Updates(UpdateQueue):
         self._closing = self._given_up = False
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
-        self.seconds = dict.fromkeys(("commit", "nvme_write", "nvme_read", "adam"), 0.0)
+        self.seconds = dict.fromkeys(("commit", "checkpoint", "nvme_write", "nvme_read", "adam"), 0.0)
 
     # Asking ----------------------------------------------------------------------------------------------------------
 
@@ -161,6 +162,20 @@ class Updates(UpdateQueue):
             if not self._steps and self._commit is not None and self.failure is None:
                 self._committed = self._commit(self.step)
 
+    def at_commit(self, told: Callable[[Ticket], None], changed: Callable[[], bool]) -> bool:
+        """Have `told` called with the last step's commit, now or when it begins, before anything is written after it; with a
+        ticket that raises where it never does. False, and it is not called, where no commit of what there is now was or
+        will be asked for: `changed()`, or none ever was."""
+        with self._changed:
+            self._raise_failure()
+            if self.step in self._steps:
+                self._at_commit = (self.step, told)
+            elif self._committed is DONE or changed():
+                return False
+            else:
+                told(self._committed)
+            return True
+
     def await_begun(self) -> None:
         """The commits of all steps before the last have begun: what they hold beside the updates may be written over."""
         with self._changed:
@@ -239,7 +254,7 @@ class Updates(UpdateQueue):
         chunk.unit.copied.wait()  # a copy to the device that was under way reads them
         for each in (chunk.weights, chunk.state):
             if each is not None:
-                each.free_after().wait()
+                each.await_free()
 
     def let_go(self) -> bool:
         """Give back the host memory of the gradient that is used last of those which wait; it is read from its home then.
@@ -331,6 +346,7 @@ class Updates(UpdateQueue):
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self.failure = self.failure or error
+            self._tell_commit(self.step)
             self._changed.notify_all()
         self._buffers.wake()
 
@@ -346,10 +362,12 @@ class Updates(UpdateQueue):
                 if self._commit is not None and step - 1 in self._steps:
                     self._changed.wait()  # a guess, and updates of the step before are with the kernels
                     continue
-                committed = self._committed
+                committed, checkpoint = self._committed, self._checkpoint()
             # No buffer is held while a commit is waited for: those whom it waits for may need one.
             with self._timed("commit"):
                 committed.wait()
+            with self._timed("checkpoint"):
+                checkpoint.wait()
             if kind is Kind.THROUGH:
                 self._write_through()
                 continue
@@ -385,7 +403,7 @@ class Updates(UpdateQueue):
         while len(self._through) >= THROUGH_COUNT:
             self._through.popleft().wait()
         with self._changed:
-            if not (self._first() and self._queue[0][2] is Kind.THROUGH):
+            if not (self._first() and self._queue[0][2] is Kind.THROUGH and self._checkpoint().done()):
                 return  # while we waited, or a step was being asked for, an update came that is more urgent
             step, _, _, _, _, each = heapq.heappop(self._queue)
         self._through.append(each.through.write(each.home.address, each.home))

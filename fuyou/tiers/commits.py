@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fuyou.core.errors import StateError
-from fuyou.core.ticket import Ticket, wait_for
+from fuyou.core.ticket import DONE, Ticket, wait_for
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.drives import Drive
 from fuyou.tiers.extents import Extent, Slot
 from fuyou.tiers.lock import ProcessLock
+from fuyou.tiers.pins import Pin
 from fuyou.tiers.record_files import PLACES, RecordFiles, Reserved
 from fuyou.tiers.records import ENTRY, Record, encode_record
 from fuyou.tiers.worker import Job, Worker
@@ -35,18 +36,22 @@ class State(NamedTuple):
 class Commit:
     """The ticket of one commit: done when the step is complete on the drives, or has failed.
 
-    `slots[index]` is the slot that it names of an extent, -1 of one that had no bytes.
+    `slots[index]` is the slot that it names of an extent, -1 of one that had no bytes; `checksums` are of their bytes.
     """
 
     def __init__(self, commits: Commits, state: State) -> None:
         self._commits = commits
         self.step = state.step
         self.slots = state.slots
+        self.checksums = state.checksums
         self.on_drive = False  # its record may be there: nobody knows after a failure
         self.job: Job | None = None
 
+    def slot_of(self, index: int) -> int:
+        return self.slots[index] if 0 <= index < len(self.slots) else -1
+
     def names(self, index: int, slot: int) -> bool:
-        return index < len(self.slots) and self.slots[index] == slot
+        return self.slot_of(index) == slot
 
     def done(self) -> bool:
         return self.job is not None and self.job.done()
@@ -86,6 +91,7 @@ class Commits:
         self._unflushed: dict[int, Ticket] = {}  # by extent: the last writer since the last commit
         self._durable: Commit | None = None  # what the newest durable record names
         self._in_flight: list[Commit] = []
+        self._pins: list[Pin] = []
         self._last_step = 0
         self._number = 0
         self._failure: BaseException | None = None
@@ -174,18 +180,34 @@ class Commits:
         self._unflushed[index] = writer
 
     def names(self, index: int, slot: int) -> bool:
-        """Whether the newest durable record or a commit in flight names that slot."""
+        """Whether the newest durable record, a commit in flight or a pin names that slot."""
         if self._durable is not None and self._durable.names(index, slot):
             return True
-        return any(commit.names(index, slot) for commit in self._in_flight)
+        return any(each.names(index, slot) for each in self._in_flight) or any(
+            pin.names(index, slot) for pin in self._pins
+        )
 
-    def frees(self, index: int, slot_count: int) -> Commit | None:
-        """The first commit in flight that, once durable, leaves a slot of the extent to nobody; None: none does."""
+    def frees(self, index: int, slot_count: int) -> Ticket | None:
+        """What must come first before a slot of the extent is nobody's: the first commit in flight that, once durable,
+        leaves one, else a pin (and then perhaps a commit); None: there is no such thing."""
+        pinned = {pin.commit.slots[index] for pin in self._pins if pin.holds(index)}
         for place, commit in enumerate(self._in_flight):
-            left = {later.slots[index] for later in self._in_flight[place:] if index < len(later.slots)}
+            left = pinned | {later.slot_of(index) for later in self._in_flight[place:]}
             if len(left - {-1}) < slot_count:
                 return commit
-        return None
+        return next((pin.ticket(index) for pin in self._pins if pin.holds(index)), None)
+
+    def pin(self, pin: Pin) -> None:
+        """Of a commit that is the newest, in flight or durable."""
+        self._pins.append(pin)
+
+    def unpin(self, pin: Pin) -> None:
+        if pin in self._pins:
+            self._pins.remove(pin)
+
+    def pinned(self, index: int, slot: int) -> Ticket:
+        """What a write of that slot waits for beside commits."""
+        return next((pin.ticket(index) for pin in self._pins if pin.names(index, slot)), DONE)
 
     def begin(self, step: int, payload: bytes) -> Commit:
         """See Store.commit."""

@@ -101,9 +101,10 @@ class Extent:
     in commit records, -1 where none names it. Any thread may call any method.
 
     [Note: slots of records] Without commits two slots alternate and one is written in place. With them, a slot that the
-    newest durable record or a commit in flight names is never written: a crash leaves what it names. So a write takes
-    the other slot where nothing names it, else the current one in place where nothing names that (a second write within
-    a step), else it must wait (`free_after`): a commit in flight names one slot and the record before it the other.
+    newest durable record or a commit in flight names is never written: a crash leaves what it names. Neither is one that
+    a checkpoint has still to copy (a pin). So a write takes the other slot where nothing names it, else the current one
+    in place where nothing names that (a second write within a step), else it must wait (`free_after`): a commit in flight
+    or a pin names one slot and the record before it the other.
     """
 
     __slots__ = (
@@ -193,23 +194,44 @@ class Extent:
         with self._store.lock:
             self._take_ahead("dropped")
 
+    def read_slot(self, slot: int, offset: int, nbytes: int, address: int, keep: object) -> Ticket:
+        """Start reading some bytes of a slot whose writer has ended and that is not written meanwhile: a pinned one."""
+        wanted = []
+        for part in self._slots[slot]:
+            first, last = max(offset, 0), min(offset + nbytes, part.nbytes)
+            if first < last:
+                wanted.append(Part(part.drive, part.offset + first, last - first))
+            offset -= part.nbytes
+        with self._store.lock:
+            return self._store.transfer("read", tuple(wanted), address, keep)
+
     @property
     def can_write_ahead(self) -> bool:
-        """Whether there is a slot beside the current one that no record and no commit in flight names."""
+        """Whether there is a slot beside the current one that no record, no commit in flight and no pin names."""
         with self._store.lock:
             return self.written and len(self._slots) == 2 and not self._store.names(self.index, 1 - self._current)
 
     def free_after(self) -> Ticket:
-        """What must be done before the next `write`: DONE, or the ticket of a commit in flight.
+        """What must be done before the next `write`, at least: DONE, or the ticket of a commit in flight or of a pin.
 
         A commit that begins between this and the `write` can name the slot again: whoever writes and whoever commits
-        agree on an order, or ask again. StateError where no commit will free a slot: an extent of one slot that a record
-        names (`Store.add_slot`).
+        agree on an order, or ask again (`await_free`). StateError where no commit will free a slot: an extent of one
+        slot that a record names (`Store.add_slot`).
         """
         with self._store.lock:
             if not self.written or self._next_slot() is not None:
                 return DONE
             return self._blocker()
+
+    def await_free(self) -> None:
+        """A slot is free for the next `write`."""
+        while (ticket := self.free_after()) is not DONE:
+            ticket.wait()
+
+    def pinned(self) -> Ticket:
+        """What a write beside the current slot waits for, when no commit stands in its way any more: a checkpoint."""
+        with self._store.lock:
+            return self._store.pinned(self.index, 1 - self._current)
 
     # ---- under the store's lock
 
@@ -243,21 +265,21 @@ class Extent:
         self._store.note(self.index, slot, checksum, ticket)
 
     def _blocker(self) -> Ticket:
-        commit = self._store.frees(self.index, len(self._slots))
-        if commit is None:
+        ticket = self._store.frees(self.index, len(self._slots))
+        if ticket is None:
             raise StateError(
                 f"{self._text().capitalize()} has one slot, which a commit record names: give it a second one "
                 "(Store.add_slot) before it is written again."
             )
-        return commit
+        return ticket
 
     def _refuse(self) -> NoReturn:
-        commit = self._blocker()
-        if commit.done():
-            commit.wait()  # it has failed, and says so: what it names will never be free
+        ticket = self._blocker()
+        if ticket.done():
+            ticket.wait()  # it has failed, and says so: what it names will never be free
         raise StateError(
-            f"{self._text().capitalize()} was written while {commit} is under way, whose record or the one before it "
-            "names both slots: wait for free_after() first."
+            f"{self._text().capitalize()} was written while {ticket} is under way: it and a record name both slots. Wait "
+            "for free_after() first."
         )
 
     def _text(self) -> str:

@@ -15,6 +15,7 @@ from fuyou.core.sizes import align_up, format_bytes
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.drives import sync_folder
 from fuyou.tiers.folders import DATA, FOLDER, LAYOUTS, RECORDS
+from fuyou.tiers.lock import FolderLock
 from fuyou.tiers.record_files import RecordFiles, Reserved
 from fuyou.tiers.records import ENTRY, PAGE_BYTES, encode_payload, encode_record, overhead_bytes
 from fuyou.tiers.saved import PIECE_BYTES, Saved
@@ -44,9 +45,12 @@ class SavedWriter:
                     f"The checkpoint {folder} needs {format_bytes(needed)} ({needed} bytes) and {format_bytes(free)} are "
                     f"free, {format_bytes(needed - free)} short: free some, or name a folder on another drive."
                 )
-            self._draft = tempfile.mkdtemp(dir=above, prefix=f".{os.path.basename(self.folder)}.")
+            prefix = f".{os.path.basename(self.folder)}."
+            sweep_drafts(above, prefix)
+            self._draft = tempfile.mkdtemp(dir=above, prefix=prefix)
             self._home = os.path.join(self._draft, FOLDER)
             os.mkdir(self._home, 0o700)
+            self._lock = FolderLock(self._home)  # somebody is at it
             path = os.path.join(self._home, DATA)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -60,13 +64,18 @@ class SavedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """What was not finished is removed. Idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        self._lock.release()
         shutil.rmtree(self._draft, ignore_errors=True)
 
     def begin(self, extent: int, nbytes: int) -> None:
-        """The bytes of `extent` come now, by `write`; numbers ascend."""
+        """The bytes of `extent` come now, by `write`."""
         self._entries.append((nbytes, extent, 0, 0))
         self._parts.append((extent, 0, 0, self._offset, nbytes))
 
@@ -86,6 +95,11 @@ class SavedWriter:
         if self._offset - self._flushed >= _FLUSH_BYTES:
             self._flush()
 
+    @property
+    def checksum(self) -> int:
+        """Of what was written of the extent that was begun last."""
+        return self._entries[-1][2]
+
     def put(self, extent: int, data: memoryview) -> None:
         """A whole extent, filled up with zeros to a page."""
         nbytes = align_up(data.nbytes, PAGE_BYTES)
@@ -100,10 +114,10 @@ class SavedWriter:
         files.open()
         try:
             files.reserve(Reserved(len(self._entries), len(self._parts)))
-            files.append(self._parts)
+            files.append(sorted(self._parts))
             files.flush_layout(files.part_count)
             record = encode_record(
-                number=0, step=step, checksum=self._checksum.name, entries=np.array(self._entries, ENTRY),
+                number=0, step=step, checksum=self._checksum.name, entries=np.sort(np.array(self._entries, ENTRY), order="extent"),
                 payload=encode_payload({**payload, "folders": [self.folder]}), parts=files.part_count,
                 layout_crc=files.layout_crc,
             )  # fmt: skip
@@ -112,6 +126,7 @@ class SavedWriter:
             files.close()
         self._trim(len(record))
         try:
+            self._lock.release()
             for folder in (self._home, self._draft):
                 sync_folder(folder)
             os.rename(self._draft, self.folder)
@@ -137,6 +152,19 @@ class SavedWriter:
             raise _storage_error(error, f"flush the checkpoint {self.folder}") from error
         os.posix_fadvise(self._file, 0, self._offset, os.POSIX_FADV_DONTNEED)
         self._flushed = self._offset
+
+
+def sweep_drafts(folder: str, prefix: str) -> None:
+    """Remove what a killed process left half-written of checkpoints in `folder`, whose draft's name begins with `prefix`."""
+    for name in os.listdir(folder):
+        home = os.path.join(folder, name, FOLDER)
+        if name.startswith(prefix) and os.path.isdir(home) and not os.path.islink(home):
+            try:
+                lock = FolderLock(home)
+            except StoreError:  # it is being written
+                continue
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            lock.release()
 
 
 def copy_saved(saved: Saved, folder: str) -> None:

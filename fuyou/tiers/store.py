@@ -10,7 +10,7 @@ from typing import Any
 from fuyou.core.errors import DeadlineError, FuyouError, StateError, StorageIOError, StoreError
 from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up
-from fuyou.core.ticket import Ticket
+from fuyou.core.ticket import DONE, Ticket
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.commits import Commit, Commits
 from fuyou.tiers.drives import Drive
@@ -18,6 +18,7 @@ from fuyou.tiers.extents import Extent, Part, Parts, Slot
 from fuyou.tiers.folders import DIRTY, HOME, OPEN, refuse_without_room, rooms_of
 from fuyou.tiers.io import Engine
 from fuyou.tiers.lock import ProcessLock
+from fuyou.tiers.pins import Pin
 from fuyou.tiers.records import Record, encode_payload
 from fuyou.tiers.shares import UNIT_BYTES, Shares
 
@@ -157,6 +158,22 @@ class Store:
         with self.lock:
             return self._commits.begin(step, text)
 
+    def pin(self, commit: Commit, extents: Sequence[Extent]) -> Pin:
+        """Nothing of `extents` that `commit`, the newest, names is written until the pin lets go of it; `unpin` it then.
+        Called before anybody can write after the commit has begun."""
+        if self._commits is None:
+            raise StateError("Slots are pinned where steps are committed.")
+        with self.lock:
+            pin = Pin(commit, extents, self.lock.deadline_s)
+            self._commits.pin(pin)
+            return pin
+
+    def unpin(self, pin: Pin) -> None:
+        pin.release()
+        if self._commits is not None:
+            with self.lock:
+                self._commits.unpin(pin)
+
     @property
     def changed(self) -> bool:
         """Committed extents have bytes that no commit was asked for."""
@@ -203,12 +220,16 @@ class Store:
             self._commits.note(index, slot, checksum, writer)
 
     def names(self, index: int, slot: int) -> bool:
-        """Whether the newest durable record or a commit in flight names that slot."""
+        """Whether the newest durable record, a commit in flight or a pin names that slot."""
         return self._commits is not None and index >= 0 and self._commits.names(index, slot)
 
-    def frees(self, index: int, slot_count: int) -> Commit | None:
-        """The first commit in flight that leaves a slot of the extent to nobody once it is durable."""
+    def frees(self, index: int, slot_count: int) -> Ticket | None:
+        """What must come first before a slot of the extent is nobody's; None: there is no such thing."""
         return self._commits.frees(index, slot_count) if self._commits is not None else None
+
+    def pinned(self, index: int, slot: int) -> Ticket:
+        """What a write of the slot waits for beside commits."""
+        return self._commits.pinned(index, slot) if self._commits is not None and index >= 0 else DONE
 
     def mark_dirty(self) -> None:
         """Before the first write over what belongs together, a store without commits says on the drive that it has no

@@ -22,7 +22,7 @@ from fuyou.train.adapters import add_adapters
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows, make_rows
 from fuyou.train.documents import read_documents, split
-from fuyou.train.loop import epoch_count, save_checkpoint, step_count, train
+from fuyou.train.loop import end_checkpoints, epoch_count, save_checkpoint, step_count, train
 from fuyou.train.model import load_configuration, load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output, say
 from fuyou.train.packing import allows_packing
@@ -85,7 +85,7 @@ def run_job(config: TrainConfig, dry_run: bool = False, resume: bool | str | Non
 def say_how_to_go_on(run: Run, config: TrainConfig) -> None:
     """The job is broken off: which step is complete, and what goes on from it. Where no step is committed, one is saved."""
     with contextlib.suppress(FuyouError):  # of a drive, say, that failed: its last step stands
-        run.settle()
+        end_checkpoints(run, config)
         if config.nvme is None or config.durability == "checkpoint":
             save_checkpoint(run, config, run.user_state.get("step", 0))
     saved = [path.name.removeprefix("step-") for path in checkpoints(Path(config.output))[-1:]]

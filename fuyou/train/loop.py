@@ -95,6 +95,8 @@ def train(
 
     with _progress(steps) as bar:
         bar.update(first)
+        if first and config.save_every is not None and first % config.save_every == 0:
+            save_checkpoint(run, config, first)  # which may have been under way when the run was broken off
         if first == 0 or (config.eval_every is not None and first % config.eval_every == 0):
             evaluate(first)
         run.model.train()
@@ -131,16 +133,23 @@ def train(
                 evaluate(step)
         stop.check(steps)
         evaluate(steps)
+        end_checkpoints(run, config)
     return {
         "steps": steps, "skipped": skipped, "eval_loss_before": losses.get(0), "eval_loss_after": losses.get(steps),
     }  # fmt: skip
 
 
 def save_checkpoint(run: Any, config: TrainConfig, step: int) -> None:
-    """output/checkpoints/step-N, unless the run saved it before it was broken off; the oldest of too many go."""
+    """Begin output/checkpoints/step-N, unless the run saved it before it was broken off; the oldest of too many go."""
     folder = Path(config.output) / CHECKPOINTS / f"step-{step}"
     if not folder.exists():
         run.save(folder)
+    prune(Path(config.output), config.save_total_limit)
+
+
+def end_checkpoints(run: Any, config: TrainConfig) -> None:
+    """The last one is there, and no more than there may be."""
+    run.settle()
     prune(Path(config.output), config.save_total_limit)
 
 

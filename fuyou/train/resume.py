@@ -13,6 +13,7 @@ from pathlib import Path
 from fuyou.checkpoint.partial import PartialFile, sync_folder
 from fuyou.core.errors import ConfigError
 from fuyou.tiers.saved import open_saved
+from fuyou.tiers.saving import sweep_drafts
 from fuyou.train.config import TrainConfig, read_config
 
 CHECKPOINTS = "checkpoints"  # in the run's folder: step-N
@@ -72,7 +73,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def prune(run: Path, limit: int | None) -> None:
-    """Only the newest `limit` checkpoints stay; None: all."""
+    """Only the newest `limit` checkpoints stay; None: all. What a killed job left half-written of one, or half-removed, goes."""
+    if (run / CHECKPOINTS).is_dir():
+        sweep_drafts(str(run / CHECKPOINTS), ".step-")
     for path in checkpoints(run)[: -limit if limit else None] if limit else []:
         gone = path.with_name(f".{path.name}")  # a removal that is broken off leaves no half under its name
         path.rename(gone)

@@ -1,0 +1,168 @@
+"""Checkpoints written beside training, from the slots of a commit.
+
+[Note: lazy checkpoints] The step that `run.save` is asked for is committed anyway, and what a commit names lies on the drives
+until the next one is through. So its slots are pinned (fuyou/tiers/pins.py) and copied one after the other while training
+goes on. The next step writes the other slots; the one after it comes back to these, and where one has not been copied by
+then, it is copied first, and that write waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from fuyou.checkpoint.checkpoints import Draft
+from fuyou.core.errors import DeadlineError, StoreError
+from fuyou.core.ticket import Ticket
+from fuyou.plan.planner import SAVING_BUFFERS, Plan
+from fuyou.runtime.tiers import Tiers
+from fuyou.swap.buffers import Buffers
+from fuyou.tiers.host import Lease
+from fuyou.tiers.pins import Pin
+from fuyou.tiers.saving import SavedWriter
+from fuyou.tiers.store import Commit, Extent, Store
+from fuyou.tiers.worker import Job, Worker
+
+
+class Saves:
+    """One checkpoint at a time, written by a thread of its own through `buffers` of `piece_bytes`; `saved(folder, step)` is
+    called by it when one is there. What fails is told by the next `wait`, once. `store`: None where steps are not committed,
+    and then nothing is begun."""
+
+    def __init__(
+        self,
+        store: Store | None,
+        buffers: Buffers,
+        piece_bytes: int,
+        *,
+        saved: Callable[[str, int], None],
+        deadline_s: float,
+        in_flight: Callable[[], list[str]],
+    ) -> None:
+        self._store = store
+        self._buffers = buffers
+        self._piece_bytes = piece_bytes
+        self._saved = saved
+        self._deadline_s = deadline_s
+        self._in_flight = in_flight
+        self._worker: Worker | None = None
+        self._draft: Draft | None = None  # whose commit has not begun
+        self._given = threading.Event()  # it has: the worker has it
+        self._job: Job | None = None
+        self._copied_bytes = 0  # of the one under way: whether it is still going on
+
+    def begin(self, draft: Draft, at_commit: Callable[[Callable[[Ticket], None]], bool]) -> bool:
+        """The draft is written from the commit that `at_commit` calls back with, now or later. False, and it is the caller's
+        still, where there is none. StateError where no thread is to be had."""
+        if self._store is None:
+            return False
+        if self._worker is None:
+            self._worker = Worker("fuyou-save", deadline_s=self._deadline_s, in_flight=self._in_flight)
+        self._draft = draft
+        self._given.clear()
+        if not at_commit(self._go):
+            self._draft = None
+        return self._draft is not None or self._given.is_set()
+
+    def wait(self) -> None:
+        """The checkpoint that was begun is there, or its error is raised. DeadlineError where nothing was copied for so
+        long."""
+        if self._draft is not None and not self._given.wait(self._deadline_s):
+            raise DeadlineError(f"Waited {self._deadline_s:g} s for the commit of step {self._draft.step} to begin.")
+        job = self._job
+        while job is not None:
+            copied = self._copied_bytes
+            try:
+                job.wait(self._deadline_s)
+                break
+            except DeadlineError:
+                if job.done() or copied == self._copied_bytes:
+                    raise
+            finally:
+                if job.done():
+                    self._job = None
+
+    def problem(self) -> Exception | None:
+        """`wait`, and what it would raise; a DeadlineError is raised."""
+        try:
+            self.wait()
+        except DeadlineError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        """After the updates, which begin commits."""
+        if self._draft is not None:
+            self._draft.discard()
+        if self._worker is not None:
+            self._worker.close()
+        self._buffers.close()
+
+    def _go(self, commit: Ticket) -> None:
+        """The commit has begun, and nothing was written after it. By any thread."""
+        draft, self._draft = self._draft, None
+        if draft is None or self._worker is None or self._store is None:
+            return
+        extents = [each.extent for each in draft.ranges.values() if each.extent is not None]
+        pin = self._store.pin(commit, extents) if isinstance(commit, Commit) else None
+        self._copied_bytes = 0
+        self._job = self._worker.submit(lambda: self._run(draft, commit, pin), f"the checkpoint of step {draft.step}")
+        self._given.set()
+
+    # ---- the thread
+
+    def _run(self, draft: Draft, commit: Ticket, pin: Pin | None) -> None:
+        try:
+            commit.wait()
+            if pin is not None:
+                extents = {*pin.extents}
+                numbers = draft.number(lambda each: each.extent in extents)
+                number_of = {draft.ranges[key].extent: number for key, number in numbers.items()}
+                while (extent := pin.take()) is not None:
+                    self._copy(extent, number_of[extent], draft.writer, pin.commit)
+                    pin.let_go(extent)
+                draft.finish()
+                self._saved(draft.writer.folder, draft.step)
+        finally:
+            draft.discard()
+            if pin is not None and self._store is not None:
+                self._store.unpin(pin)
+
+    def _copy(self, extent: Extent, number: int, writer: SavedWriter, commit: Commit) -> None:
+        """Piece by piece: one is read while the one before it is written."""
+        slot, offset = commit.slot_of(extent.index), 0
+        reading: deque[tuple[Lease, int, Ticket]] = deque()
+        writer.begin(number, extent.nbytes)
+        try:
+            while offset < extent.nbytes or reading:
+                lease = self._buffers.try_take() if offset < extent.nbytes else None
+                if lease is not None:
+                    count = min(self._piece_bytes, extent.nbytes - offset)
+                    reading.append((lease, count, extent.read_slot(slot, offset, count, lease.address, lease)))
+                    offset += count
+                else:
+                    lease, count, read = reading[0]
+                    read.wait()
+                    writer.write(lease.data[:count].numpy().data)
+                    self._buffers.put(lease, [])
+                    self._copied_bytes += count
+                    reading.popleft()
+        finally:
+            for lease, _, read in reading:
+                self._buffers.put(lease, [read])
+        if writer.checksum != commit.checksums[extent.index]:
+            raise StoreError(
+                f"{extent.nbytes} bytes of {extent.category} are not what step {commit.step} committed: the drive gave other "
+                f"ones. Its checkpoint {writer.folder} is not written; training goes on from what it has read itself."
+            )
+
+
+def saves_of(tiers: Tiers, plan: Plan, saved: Callable[[str, int], None]) -> Saves:
+    """Of a run."""
+    return Saves(
+        tiers.store if tiers.durable else None, tiers.buffers(plan.aside_bytes, SAVING_BUFFERS), plan.aside_bytes,
+        saved=saved, deadline_s=tiers.deadline_s, in_flight=tiers.in_flight,
+    )  # fmt: skip
