@@ -185,3 +185,26 @@ def test_a_save_holds_no_memory_beside_its_buffers(nvme, tmp_path):
         run.settle()
         after = run._ledger.summary()["host"]
         assert run._tiers.lease_count == leases and after == before
+
+
+@pytest.mark.parametrize("update", ["auto", "deferred", "step"])
+def test_a_step_that_is_never_complete_has_no_checkpoint(nvme, tmp_path, monkeypatch, update):
+    """An update fails while the save waits for its step's commit: nothing hangs, and nothing is there."""
+    loop = Loop()
+    with pytest.warns(UserWarning, match="ended half-way"), loop.wrapped(nvme, update=update, deadline_s=20) as run:
+        loop.steps(2)
+        run.settle()
+        failing = iter(range(3))
+
+        def fails(*arguments, **options):
+            if next(failing, None) is None:
+                raise RuntimeError("no update")
+            apply_update(*arguments, **options)
+
+        apply_update = fuyou.swap.updates.apply_update
+        monkeypatch.setattr(fuyou.swap.updates, "apply_update", fails)
+        with pytest.raises((RuntimeError, fuyou.FuyouError), match="no update"):
+            loop.step()
+            run.save(tmp_path / "saved")
+            run.settle()
+    assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".saved*"))

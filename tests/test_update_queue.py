@@ -42,7 +42,7 @@ def make() -> Updates:
 def test_an_update_that_came_to_the_head_is_not_taken_for_a_chunk_to_be_written_through():
     updates, extent = make(), Extent()
     home = SimpleNamespace(address=4096, data=torch.zeros(1))
-    through = SimpleNamespace(through=extent, home=home)
+    through = SimpleNamespace(through=extent, home=home, pinned=lambda: DONE)
     updates._steps[1] = StepUpdates({}, unpublished=1, unwritten=1)
     heapq.heappush(updates._queue, (1, True, Kind.THROUGH, (0, 0), next(updates._numbers), through))
     # The reading thread has seen the THROUGH; before it takes it, a step puts an update of the same step there.

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from fuyou.core.errors import StateError
 from fuyou.core.ticket import DONE, AllOf, Failed, Ticket
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.unit import Chunk, Member
@@ -124,10 +125,11 @@ class UpdateQueue:
             self._changed.notify_all()
 
     def _tell_commit(self, step: int) -> None:
-        """Whoever wants to know of the step's commit is told."""
+        """Whoever wants to know of the step's commit is told: that it has begun, or never will."""
         if self._at_commit is not None and self._at_commit[0] <= step:
-            (_, told), self._at_commit = self._at_commit, None
-            told(self._committed if self.failure is None else Failed(self.failure))
+            (number, told), self._at_commit = self._at_commit, None
+            error = self.failure or StateError(f"Step {number} was not committed: the run ended before.")
+            told(Failed(error) if self.failure is not None or number in self._steps else self._committed)
 
     def _release(self, update: Update) -> None:
         """→ ENDED."""

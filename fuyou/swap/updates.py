@@ -296,6 +296,8 @@ class Updates(UpdateQueue):
             self._release(update)
         self._updates.clear()
         self._read.clear()
+        with self._changed:
+            self._tell_commit(self.step)
 
     def _await(self, met: Callable[[], bool], what: str) -> None:
         if not self._changed.wait_for(met, self._deadline_s):
