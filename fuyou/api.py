@@ -21,6 +21,7 @@ from fuyou.checkpoint.stored import converted_bytes, let_go, parts_of
 from fuyou.core.config import Config
 from fuyou.core.environment import LEFT_OUT, LeftOut, places
 from fuyou.core.errors import ConfigError, DeadlineError, StateError
+from fuyou.core.forked import refuse_forked
 from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.report import Report
 from fuyou.runtime import recovery
@@ -432,11 +433,7 @@ class Run:
     # Small ------------------------------------------------------------------------------------------------------------
 
     def _guard(self) -> None:
-        if os.getpid() != self._pid:
-            raise StateError(
-                f"This run belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
-                "parent, and pass data, not the model, to workers."
-            )
+        refuse_forked(self._pid, "This run")
         if not self._open:
             raise StateError("This run is closed: wrap the model again to train on.")
         if self._schedule.torn:

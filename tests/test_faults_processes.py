@@ -108,9 +108,12 @@ def test_a_fork_with_operations_in_flight_on_a_drive_that_stands_still(kind: str
         assert target.bytes() == content.bytes() == Path(file.path).read_bytes()
 
 
+@pytest.mark.parametrize("ram", ["1MiB", "64MiB"])
+@pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("kind", FIRST)
-def test_a_forked_child_that_ends_as_programs_do(kind: str, nvme: Path) -> None:
-    """multiprocessing's fork, whose child runs Python's own exit with the engine, its tickets and the run in its memory."""
+def test_a_forked_child_that_ends_as_programs_do(kind: str, settled: bool, ram: str, nvme: Path) -> None:
+    """multiprocessing's fork, whose child runs Python's own exit with the engine, its tickets and the run in its memory. Updates
+    are under way when it begins, or what is read lies in memory that it has not got."""
     run_script("""
         import multiprocessing, os, sys
         from pathlib import Path
@@ -118,8 +121,15 @@ def test_a_forked_child_that_ends_as_programs_do(kind: str, nvme: Path) -> None:
         import fuyou
         def child(run, queue):
             refused = []
-            for use in (run.optimizer.step, run.settle, lambda: run.save_pretrained("/nowhere"), lambda: run.model(None),
-                        lambda: next(run.model.parameters()).sum(), run.optimizer.state_dict):
+            weight = run.model[2].weight
+            uses = [
+                run.optimizer.step, run.settle, lambda: run.save_pretrained("/nowhere"), lambda: run.save("/nowhere/at/all"),
+                lambda: run.model(None), lambda: weight.sum(), lambda: weight.data.fill_(1), run.optimizer.state_dict,
+                lambda: run.optimizer.state[weight]["exp_avg"].sum(), run.model.state_dict,
+            ]
+            if weight.grad is not None:
+                uses += [lambda: weight.grad.sum(), lambda: weight.grad.norm(1), lambda: weight.grad.mul_(2) * 1]
+            for use in uses:
                 try:
                     use()
                     refused.append("went through")
@@ -132,21 +142,26 @@ def test_a_forked_child_that_ends_as_programs_do(kind: str, nvme: Path) -> None:
         expected, weights = plain(4)
         training = Training()
         context = multiprocessing.get_context("fork")
-        with training.wrap(Path(sys.argv[2]), io=sys.argv[1]) as run:
-            losses = [training.step() for _ in range(2)]
-            losses.append(training.step())  # its writes are behind it
+        with training.wrap(Path(sys.argv[2]), io=sys.argv[1], ram=sys.argv[4]) as run:
+            losses = [training.step() for _ in range(3)]  # the last one's writes are behind it
+            if sys.argv[3] == "True":
+                run.settle()
+                losses.append(training.backward())  # gradients are there
             queue = context.SimpleQueue()
             process = context.Process(target=child, args=(run, queue))
             process.start()
-            refused = queue.get()
-            process.join(30)
+            process.join(30)  # what it tells is little enough for a pipe
+            refused = queue.get() if not queue.empty() else ["died"]
             assert process.exitcode == 0, process.exitcode
             assert refused == ["refused"] * len(refused), refused
-            losses.append(training.step())
+            if sys.argv[3] == "True":
+                training.optimizer.step()
+            else:
+                losses.append(training.step())
         assert losses == expected and same(training.weights(), weights)
         assert_empty(run)
         print("OK")
-    """, kind, str(nvme))  # fmt: skip
+    """, kind, str(nvme), str(settled), ram)  # fmt: skip
 
 
 class Rows(torch.utils.data.Dataset):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from fuyou.core.ticket import DONE, AllOf, Ticket, wait_for
 from fuyou.swap.ranges import Staging, WriteBehind
 from fuyou.swap.unit import Chunk, Member, chunks_of, overlap
 from fuyou.tiers.device import Device
+from fuyou.tiers.lock import ProcessLock
 from fuyou.tiers.worker import Worker
 
 
@@ -101,7 +101,7 @@ class Gradients:
         self._outbound: Worker | None = None
         self._norms_wanted = True
         self._norms_asked = False
-        self._lock = threading.RLock()
+        self._lock = ProcessLock("This run", device.deadline_s)
         writes.reclaim = self._close_oldest
 
     def start(self, queue: Queue) -> None:

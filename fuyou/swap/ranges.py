@@ -5,6 +5,7 @@ Callers never ask where bytes live: a range on the host is used in place, one on
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fuyou.core.errors import DeadlineError
+from fuyou.core.forked import refuse_forked
 from fuyou.core.sizes import align_up
 from fuyou.core.ticket import DONE, AllOf, Ticket
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
@@ -177,6 +179,7 @@ class WriteBehind:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
+        self._pid = os.getpid()
         self._pending: deque[tuple[Ticket, Staging]] = deque()
         # How others make room: by letting go of what they hold only to spare a read; then by sending home what can go.
         self.let_go: Callable[[], bool] = lambda: False
@@ -184,7 +187,8 @@ class WriteBehind:
 
     def stage(self, ranges: Sequence[Range], what: str, *, wait: bool = True) -> Staging | None:
         """A staging for `ranges`. Without room: others let go, the oldest write is waited for, or others send home what
-        they hold; None when there is none of this and `wait` is False."""
+        they hold; None when there is none of this and `wait` is False. StateError in a forked child."""
+        refuse_forked(self._pid, "This run")
         nbytes = sum(each.staging_bytes for each in ranges)
         if nbytes == 0:
             return Staging(ranges, None)
@@ -205,6 +209,7 @@ class WriteBehind:
 
     def try_stage(self, ranges: Sequence[Range]) -> Staging | None:
         """A staging where there is room for it now, and nobody has to make any."""
+        refuse_forked(self._pid, "This run")
         self.reap()
         lease = self._arena.try_lease(sum(each.staging_bytes for each in ranges), "staging")
         return None if lease is None else Staging(ranges, lease)

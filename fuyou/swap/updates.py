@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.forked import refuse_forked
 from fuyou.core.races import Races
 from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
 from fuyou.swap.buffers import Buffers
@@ -137,6 +138,7 @@ class Updates(UpdateQueue):
         if chunk is not None and chunk not in self._updates:  # only the training thread puts some there
             self._raise_failure()
             return
+        refuse_forked(self._pid, "This run")  # before the lock, which a thread may hold that is not here
         with self._changed:
             if chunk is not None and (update := self._updates.get(chunk)) is not None and update.firm:
                 self._hurry(update)
@@ -248,6 +250,7 @@ class Updates(UpdateQueue):
 
         The last step's own commit is not waited for where it is still to come: what is changed now is part of it.
         """
+        refuse_forked(self._pid, "This run")
         if self._commit is not None:
             self._await_written()
         self.drop(chunk)

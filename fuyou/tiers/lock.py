@@ -8,7 +8,8 @@ import os
 import threading
 import time
 
-from fuyou.core.errors import DeadlineError, StateError, StoreError
+from fuyou.core.errors import DeadlineError, StoreError
+from fuyou.core.forked import refuse_forked
 from fuyou.core.ticket import DEADLINE_S
 
 RETRY_S = 5.0  # a killed holder's descriptors can take a moment to die
@@ -76,11 +77,7 @@ class ProcessLock:
         self._pid = os.getpid()
 
     def __enter__(self) -> None:
-        if os.getpid() != self._pid:
-            raise StateError(
-                f"{self._what} belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
-                "parent, and pass data, not the model, to workers."
-            )
+        refuse_forked(self._pid, self._what)
         if not self._lock.acquire(timeout=self.deadline_s):
             raise DeadlineError(
                 f"Waited {self.deadline_s:g} s for {self._what}, which another thread has not let go of. The drive, or the "

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 
 from fuyou.core.errors import DeadlineError, StateError
+from fuyou.core.forked import refuse_forked
 from fuyou.core.races import Races
 from fuyou.core.ticket import DEADLINE_S, list_text
 
@@ -99,11 +100,7 @@ class Worker:
         before_exit(self._leave)
 
     def submit(self, run: Callable[[], None], name: str) -> Job:
-        if os.getpid() != self._pid:  # a lock may be held for ever by a thread that does not exist here
-            raise StateError(
-                f"{name}: this belongs to process {self._pid} and was used in its forked child {os.getpid()}: train in the "
-                "parent, and pass data, not the model, to workers."
-            )
+        refuse_forked(self._pid, name)  # a lock may be held for ever by a thread that does not exist here
         if not self._thread.is_alive():
             raise StateError(f"{name}: the run is closed.")
         job = Job(run, name, self)
