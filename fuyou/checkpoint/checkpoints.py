@@ -45,7 +45,7 @@ def save(folder: str, step: int, units: Sequence[Unit], committing: Committing, 
         for (chunk, kind), number in numbers.items():
             staging = _staged(chunk, [_range(chunk, kind)], writes)
             try:
-                staging.load().wait()
+                staging.load(check=True).wait()
                 writer.put(number, staging.views[0].numpy().data)
             finally:
                 staging.release()
