@@ -120,10 +120,12 @@ def contents(folders: Sequence[Path | str], step: Step, copy: str = "a") -> dict
 class Job:
     """A store with commits and what goes into it. `keep` holds the memory of every write until the end."""
 
-    def __init__(self, *folders: Path, durable: bool = True, kind: str = "auto", nvme: int = 1 << 40):
+    def __init__(
+        self, *folders: Path, durable: bool = True, kind: str = "auto", nvme: int = 1 << 40, verify: bool = False
+    ):
         self.folders = folders
         self.book = Ledger({"device": 0, "host": 0, "nvme": nvme})
-        self.store = Store(check_folders([str(each) for each in folders]), self.book, durable=durable)
+        self.store = Store(check_folders([str(each) for each in folders]), self.book, durable=durable, verify=verify)
         self.store.start(lambda _: (open_engine(kind, deadline_s=60), 0.0))
 
     def open(self, *wanted: tuple[int, int], committed: bool = True) -> list[Extent]:

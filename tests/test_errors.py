@@ -42,16 +42,6 @@ class TestConfig:
         with pytest.raises(fuyou.ConfigError, match="did you mean 'precision'"):
             fuyou.Config(precison="bf16")
 
-    @pytest.mark.parametrize(
-        ("option", "value"),
-        [
-            ("verify_reads", True),
-        ],
-    )
-    def test_what_is_not_built_yet_is_said_in_one_sentence(self, option, value):
-        with pytest.raises(fuyou.ConfigError, match="not built yet"):
-            fuyou.Config(**{option: value})
-
     @pytest.mark.parametrize("option", ["precision", "activations", "update", "durability", "io", "verify_reads"])
     def test_impossible_value_names_the_choices(self, option):
         with pytest.raises(fuyou.ConfigError, match="is not one of"):

@@ -32,7 +32,7 @@ RANK = {name: rank for rank, name in enumerate(LAYERS)}
 
 # Parts of fuyou/tiers. Folders, their locks, drives and I/O engines are the store's; what is not named is shared below them.
 TIERS = {"host": "host", "device": "device"} | dict.fromkeys(
-    "store extents scratch commits pins records record_files saved saving drives shares folders io lock".split(),
+    "store extents verified scratch commits pins records record_files saved saving drives shares folders io lock".split(),
     "store",
 )
 RESIDENTS = ("weights", "gradients", "optimizer_state", "activations")  # of fuyou/swap; they meet in the schedule

@@ -110,7 +110,7 @@ def test_steps_take_whole_batches_on_and_on(tmp_path):
         ("activations=ssd", "activations='ssd'"),
         ("micro_batch=0", "greater than or equal to 1"),
         ("micro_batch=1.5", "integer"),
-        ("verify_reads=true", "not built yet"),
+        ("verify_reads=7", "verify_reads=7"),
         ("save_every=0", "save_every=0 is refused"),
         ("save_total_limit=0", "save_total_limit=0 is refused"),
         ("report_to=wandbb", "did you mean .wandb"),

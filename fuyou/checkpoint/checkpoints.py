@@ -87,7 +87,7 @@ def save(draft: Draft, writes: WriteBehind) -> None:
     for (chunk, kind), number in draft.number(lambda each: each.written).items():
         staging = _staged(chunk, [draft.ranges[chunk, kind]], writes)
         try:
-            staging.load().wait()
+            staging.load(check=True).wait()
             draft.writer.put(number, staging.views[0].numpy().data)
         finally:
             staging.release()

@@ -8,12 +8,13 @@ then, it is copied first, and that write waits for it.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from fuyou.checkpoint.checkpoints import Draft
-from fuyou.core.errors import DeadlineError, StoreError
+from fuyou.core.errors import DeadlineError, StorageIOError
 from fuyou.core.ticket import Ticket
 from fuyou.plan.planner import SAVING_BUFFERS, Plan
 from fuyou.runtime.tiers import Tiers
@@ -154,9 +155,10 @@ class Saves:
             for lease, _, read in reading:
                 self._buffers.put(lease, [read])
         if writer.checksum != commit.checksums[extent.index]:
-            raise StoreError(
-                f"{extent.nbytes} bytes of {extent.category} are not what step {commit.step} committed: the drive gave other "
-                f"ones. Its checkpoint {writer.folder} is not written; training goes on from what it has read itself."
+            raise StorageIOError(
+                errno.EIO,
+                f"{extent.what} ({extent.nbytes} bytes) came back from the drive with other bytes than step {commit.step} "
+                f"committed. Its checkpoint {writer.folder} is not written.",
             )
 
 

@@ -28,7 +28,7 @@ class MemberSource:
             if staging is None:
                 raise StateError(f"No host memory came free for the export of {self.name}.")
             try:
-                staging.load().wait()
+                staging.load(check=True).wait()
                 first, last, at = overlap(self._member, chunk)
                 part = staging.views[0].view(self.dtype)[at : at + last - first]
                 yield part.view(torch.uint8).numpy().data

@@ -13,7 +13,7 @@ from fuyou.core.layout import Layout
 from fuyou.core.sizes import align_up
 from fuyou.plan.planner import KINDS, PAGE_BYTES, Plan, UnitNumbers, chunk_spans
 from fuyou.swap.ranges import Range
-from fuyou.swap.unit import Chunk, Unit
+from fuyou.swap.unit import Chunk, Unit, text_of
 from fuyou.tiers.host import Arena
 from fuyou.tiers.store import Extent, Store
 
@@ -142,6 +142,10 @@ class Homes:
             chunk.parts = [
                 (unit.members[member], first, last) for member, first, last in unit.layout.within(start, start + count)
             ]
+            names = [member.name for member, _, _ in chunk.parts]
+            for kind, home in zip(KINDS, (weights, gradient, state), strict=True):
+                if home is not None and home.extent is not None:
+                    home.extent.what = text_of(names, kind)
             unit.chunks.append(chunk)
 
     def _home(self, index: int, number: int, kind: str, count: int, arena: Arena) -> Range | None:

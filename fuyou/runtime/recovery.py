@@ -170,7 +170,8 @@ def _refuse_to_discard(folders: Sequence[str]) -> None:
             saved.close()
             raise StateError(
                 f"The nvme folder {homes[0]} holds step {saved.step} of a run that did not end in order: "
-                "Config(resume=True) goes on from it, Config(resume=False) discards it and starts anew."
+                "Config(resume=True) goes on from it, Config(resume=False) discards it and starts anew, as for a loop that goes "
+                "on from checkpoints of its own (the Hugging Face Trainer's)."
             )
 
 

@@ -115,7 +115,7 @@ class Schedule:
         # [Note: what a commit holds]: before the updates of a step are asked for; before a forward.
         self.stepped: Callable[[int], None] = lambda step: None
         self.before_forward: Callable[[], None] = lambda: None
-        self.restart = "Start again from the last run.save_pretrained."  # what to do after a step that is torn
+        self.restart = "Start again from a checkpoint (run.save): Config(resume=FOLDER)."  # after a step that is torn
         self._lock = threading.RLock()
         self._after: dict[tuple[str, int | None], int] = {}  # (phase, block) → the block that came next last time
         self._last: dict[str, int | None] = {}  # phase → the block before this one

@@ -12,7 +12,7 @@ from fuyou.core.errors import StoreError
 from fuyou.core.ticket import Ticket
 from fuyou.runtime.manifest import Manifest, SavedTensors, decode_manifest
 from fuyou.swap.ranges import Range, Staging, WriteBehind
-from fuyou.swap.unit import Chunk, Unit
+from fuyou.swap.unit import Chunk, Unit, text_of
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.host import Lease
 from fuyou.tiers.saved import Saved, open_saved
@@ -86,7 +86,7 @@ def check_all(source: Source) -> None:
     for unit in manifest.units:
         for kind, extents in unit.extents.items():
             for number, extent in extents.items():
-                source.saved.check(extent, _text_of(manifest.names_in(unit, number), kind))
+                source.saved.check(extent, text_of(manifest.names_in(unit, number), kind))
 
 
 def fill_chunk(tensors: SavedTensors, chunk: Chunk, staging: Staging) -> tuple[int, ...]:
@@ -116,12 +116,13 @@ def _verify(source: Source, units: Sequence[Unit], writes: WriteBehind, store: S
         extent = each.extent
         try:
             read.wait()
-            if extent is not None and best_checksum().of(staging.views[0].data_ptr(), extent.nbytes) != store.checksum(
-                extent
-            ):
-                names = [member.name for member, _, _ in chunk.parts]
-                kind = "weights" if each is chunk.weights else "optimizer"
-                raise StoreError(source.saved.damaged(extent.index, _text_of(names, kind)))
+            if extent is not None:
+                checksum = best_checksum().of(staging.views[0].data_ptr(), extent.nbytes)
+                if checksum != store.checksum(extent):
+                    names = [member.name for member, _, _ in chunk.parts]
+                    kind = "weights" if each is chunk.weights else "optimizer"
+                    raise StoreError(source.saved.damaged(extent.index, text_of(names, kind)))
+                extent.trust(checksum)
             each.written = True
         finally:
             staging.release()
@@ -149,8 +150,3 @@ def _read(each: Range, staging: Staging) -> Ticket:
     if isinstance(each.home, Lease) and each.extent is not None:
         return each.extent.read(each.home.address, each.home)
     return staging.load(0)
-
-
-def _text_of(names: Sequence[str], kind: str) -> str:
-    what = "the weights of " if kind == "weights" else "the optimizer state of "
-    return what + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

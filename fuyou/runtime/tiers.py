@@ -18,6 +18,7 @@ from fuyou.runtime.measure import trim_heap
 from fuyou.swap.adam import load_kernels, native_problem
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.ranges import WriteBehind
+from fuyou.swap.unit import text_of
 from fuyou.tiers.device import Device
 from fuyou.tiers.folders import Rooms, memory_folders, rooms_of
 from fuyou.tiers.host import PAGE_BYTES, Arena, Lease
@@ -77,7 +78,7 @@ class Tiers:
             self.resident = self._open_arena(plan.resident_bytes)
             self.pool = self._open_arena(plan.activations.pool_bytes) if plan.activations.pool_bytes else None
             if folders:
-                self.store = Store(folders, self.ledger, durable=self.durable, adopt=adopt)
+                self.store = Store(folders, self.ledger, durable=self.durable, adopt=adopt, verify=config.verify_reads)
                 self._closers.append(self.store.close)
                 self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
@@ -128,7 +129,9 @@ class Tiers:
         if size <= room and not (self.durable and category != "gradients"):  # what is committed is on the drives
             return self._open_arena(size).lease(nbytes, category, what)
         if self.store is not None:
-            return self.store.add(nbytes, category, slots, committed=category != "gradients")
+            extent = self.store.add(nbytes, category, slots, committed=category != "gradients")
+            extent.what = text_of([what], category)
+            return extent
         raise BudgetError(
             f"The host budget ram={format_bytes(self._ram_bytes)} is {format_bytes(size - room)} ({size - room} bytes) "
             f"short: the {category} of {what} need {format_bytes(size)}, and there is no nvme folder. No update had begun: "

@@ -121,9 +121,10 @@ class Staging:
                 self.views.append(lease.data[offset : offset + each.nbytes])
                 offset += each.staging_bytes
 
-    def load(self, *indices: int) -> Ticket:
-        """Start reading those ranges (all when none is named); ranges on the host are there already."""
-        return AllOf([self._move(index, "read") for index in indices or range(len(self.ranges))])
+    def load(self, *indices: int, check: bool = False) -> Ticket:
+        """Start reading those ranges (all when none is named); ranges on the host are there already. `check`: as in
+        Extent.read, for bytes that get a checksum anew wherever they go."""
+        return AllOf([self._move(index, "read", check=check) for index in indices or range(len(self.ranges))])
 
     def store(self, *indices: int, ahead: bool = False) -> Ticket:
         """Start writing those ranges (all when none is named) from their views.
@@ -132,7 +133,7 @@ class Staging:
         """
         tickets = []
         for index in indices or range(len(self.ranges)):
-            tickets.append(self._move(index, "write", ahead))
+            tickets.append(self._move(index, "write", ahead=ahead))
             self.ranges[index].written = True  # ahead too: only what is written already can be written beside
         return AllOf(tickets)
 
@@ -156,17 +157,17 @@ class Staging:
             self.views.clear()
         self._give_back(lease, self._moves)
 
-    def _move(self, index: int, kind: str, ahead: bool = False) -> Ticket:
+    def _move(self, index: int, kind: str, *, ahead: bool = False, check: bool = False) -> Ticket:
         home, address = self.ranges[index].home, self.views[index].data_ptr()
         if isinstance(home, Lease):
             through = self.ranges[index].through
             if kind == "read" or ahead or through is None:
                 return DONE
             ticket = through.write(address, home)
+        elif kind == "read":
+            ticket = home.read(address, self._lease, check=check)
         else:
-            ticket = (
-                home.read(address, self._lease) if kind == "read" else home.write(address, self._lease, ahead=ahead)
-            )
+            ticket = home.write(address, self._lease, ahead=ahead)
         self._moves.append(ticket)
         return ticket
 

@@ -87,7 +87,7 @@ class Stash:
             known = self._stashed.get(key)
         if known is not None and known.claim():
             return known
-        pieces = self._homes(storage.nbytes(), tier)
+        pieces = self._homes(storage.nbytes(), tier, what)
         if pieces is None:
             return None
         stashed: Stashed | None = None
@@ -178,7 +178,7 @@ class Stash:
         if self._buffers is not None:
             self._buffers.close()
 
-    def _homes(self, nbytes: int, tier: str) -> list[Piece] | None:
+    def _homes(self, nbytes: int, tier: str, what: str) -> list[Piece] | None:
         if tier == "host" and self._pool is not None:
             whole = self._pool.try_lease(nbytes, "activations")
             if whole is not None:
@@ -191,7 +191,7 @@ class Stash:
                 if tier == "host" and self._pool is not None:
                     home = self._pool.try_lease(size, "activations")
                 if home is None and self._scratch is not None:
-                    home = self._scratch.take(size)
+                    home = self._scratch.take(size, what)
                 if home is None:
                     return None
                 undo.callback(home.release)

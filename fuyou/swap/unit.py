@@ -154,3 +154,9 @@ def overlap(member: Member, chunk: Chunk) -> tuple[int, int, int]:
     """(first, past-the-last element within the unit, first's place within the chunk) of a parameter in a chunk."""
     first, last = max(member.entry.start, chunk.start), min(member.entry.stop, chunk.stop)
     return first, last, first - chunk.start
+
+
+def text_of(names: Sequence[str], kind: str) -> str:
+    """The bytes of one kind of these parameters, for a message; of many names the first."""
+    what = {"optimizer": "the optimizer state"}.get(kind, f"the {kind}")
+    return f"{what} of {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from fuyou.core.errors import DeadlineError, FuyouError, StateError
 from fuyou.core.ticket import DONE, Ticket, wait_for
 from fuyou.tiers.drives import Drive
+from fuyou.tiers.verified import Verified
 
 if TYPE_CHECKING:
     from fuyou.tiers.store import Store
@@ -89,7 +90,7 @@ class Ahead(NamedTuple):
     """A write into the slot that is not current, which `accept` makes current and `drop` forgets."""
 
     slot: int
-    checksum: int
+    checksum: int | None
     ticket: Ticket
 
 
@@ -98,7 +99,10 @@ class Extent:
 
     `read` takes the current slot, which is what the last `write` or `accept` made current; a read that is under way keeps
     its slot. An extent that was never written has no bytes (`written` is False) and must not be read. `index`: its number
-    in commit records, -1 where none names it. Any thread may call any method.
+    in commit records, -1 where none names it. `what` its bytes are, for messages. Any thread may call any method.
+
+    What records name has a checksum, everything has one in a store that verifies (Config(verify_reads=True)), and a read
+    has that of the slot that it reads: whatever is written meanwhile, a read in place goes before it.
 
     [Note: slots of records] Without commits two slots alternate and one is written in place. With them, a slot that the
     newest durable record or a commit in flight names is never written: a crash leaves what it names. Neither is one that
@@ -109,6 +113,7 @@ class Extent:
 
     __slots__ = (
         "_ahead",
+        "_checksum",
         "_current",
         "_slots",
         "_store",
@@ -117,6 +122,7 @@ class Extent:
         "committed",
         "index",
         "nbytes",
+        "what",
         "written",
     )
 
@@ -126,10 +132,12 @@ class Extent:
         self._current = 0
         self._writer: Ticket = DONE
         self._ahead: Ahead | None = None
+        self._checksum: int | None = None  # of the current slot's bytes; None: not known
         self.nbytes = nbytes
         self.category = category
         self.committed = committed
         self.index = -1
+        self.what = f"an extent of {category}"
         self.written = False
 
     @property
@@ -141,16 +149,27 @@ class Extent:
         self._slots += tuple(slots)
 
     def adopt(self, index: int, slots: Sequence[Slot], current: int | None) -> None:
-        """Called by Store only: an extent of an earlier run, with its number; `current`: the slot with its bytes, if any."""
+        """Called by Store only: an extent of an earlier run, with its number; `current`: the slot with its bytes, if any.
+        Reads are not checked until `trust`: whoever adopts looks at the bytes first."""
         self.index, self._slots = index, tuple(slots)
         self._current, self.written = current or 0, current is not None
 
-    def read(self, address: int, keep: object) -> Ticket:
-        """Start reading the extent to `address`; `keep` lives until that has ended."""
+    def trust(self, checksum: int) -> None:
+        """The bytes that were adopted have this one."""
+        with self._store.lock:
+            self._checksum = checksum
+
+    def read(self, address: int, keep: object, *, check: bool = False) -> Ticket:
+        """Start reading the extent to `address`; `keep` lives until that has ended. In a store that verifies, and with `check`
+        where a checksum is known, the ticket raises StorageIOError for other bytes than were written."""
         with self._store.lock:  # until it has begun: the slot must not become a guess's in between
             if not self.written:
-                raise StateError(f"An extent of {self.category} ({self.nbytes} bytes) was read before it was written.")
-            return Transfer(self._store.transfer("read", self._slots[self._current], address, keep), self._writer)
+                raise StateError(f"{self._text(capital=True)} was read before it was written.")
+            slot, known = self._slots[self._current], self._checksum
+            read = Transfer(self._store.transfer("read", slot, address, keep), self._writer)
+            if known is None or not (check or self._store.verify):
+                return read
+            return Verified(read, address, known, slot, self._text(), keep)
 
     def write(self, address: int, keep: object, *, ahead: bool = False) -> Ticket:
         """Start writing the extent from `address`; reads from now on see these bytes, and a pending guess is dropped.
@@ -161,12 +180,10 @@ class Extent:
         """
         # The memory is the operation's until its ticket is done, so nobody changes it after this; before the lock, for
         # it takes a millisecond for each 10 MB.
-        checksum = self._store.checksum_of(address, self.nbytes) if self.index >= 0 else 0
+        checksum = self._store.checksum_of(address, self.nbytes) if self.index >= 0 or self._store.verify else None
         with self._store.lock:
             if not self._slots:
-                raise StateError(
-                    f"An extent of {self.category} ({self.nbytes} bytes) was written before its store was open."
-                )
+                raise StateError(f"{self._text(capital=True)} was written before its store was open.")
             if ahead:
                 slot = self._slot_ahead()
             else:
@@ -176,7 +193,7 @@ class Extent:
             if self.written and self.committed:
                 self._store.mark_dirty()
             if self.written and slot == self._current:  # until all of it has begun, whatever comes in between
-                self._become(slot, 0, Unstarted(self._text()))
+                self._become(slot, None, Unstarted(self._text()))
             ticket = self._store.transfer("write", self._slots[slot], address, keep)
             if ahead:
                 self._ahead = Ahead(slot, checksum, ticket)
@@ -260,15 +277,15 @@ class Extent:
             raise StateError(f"A guess for {self._text()} was {verb}, and there is none.")
         return ahead
 
-    def _become(self, slot: int, checksum: int, ticket: Ticket) -> None:
-        self._current, self._writer, self.written = slot, ticket, True
-        self._store.note(self.index, slot, checksum, ticket)
+    def _become(self, slot: int, checksum: int | None, ticket: Ticket) -> None:
+        self._current, self._checksum, self._writer, self.written = slot, checksum, ticket, True
+        self._store.note(self.index, slot, checksum or 0, ticket)
 
     def _blocker(self) -> Ticket:
         ticket = self._store.frees(self.index, len(self._slots))
         if ticket is None:
             raise StateError(
-                f"{self._text().capitalize()} has one slot, which a commit record names: give it a second one "
+                f"{self._text(capital=True)} has one slot, which a commit record names: give it a second one "
                 "(Store.add_slot) before it is written again."
             )
         return ticket
@@ -278,9 +295,10 @@ class Extent:
         if ticket.done():
             ticket.wait()  # it has failed, and says so: what it names will never be free
         raise StateError(
-            f"{self._text().capitalize()} was written while {ticket} is under way: it and a record name both slots. Wait "
+            f"{self._text(capital=True)} was written while {ticket} is under way: it and a record name both slots. Wait "
             "for free_after() first."
         )
 
-    def _text(self) -> str:
-        return f"an extent of {self.category} ({self.nbytes} bytes)"
+    def _text(self, *, capital: bool = False) -> str:
+        text = f"{self.what} ({self.nbytes} bytes)"
+        return text[0].upper() + text[1:] if capital else text

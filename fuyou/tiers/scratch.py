@@ -12,6 +12,7 @@ from fuyou.tiers.extents import Extent, Part, Slot, Transfer
 from fuyou.tiers.free import FreeRanges
 from fuyou.tiers.shares import UNIT_BYTES
 from fuyou.tiers.store import Store
+from fuyou.tiers.verified import Verified
 
 # What a drive's file grows by: often enough that little is held that nobody needs, seldom enough that growing costs nothing.
 REGION_BYTES = 64 << 20
@@ -23,18 +24,22 @@ class Place:
     `release` may come at any time: the memory is the operations' own, and engines order what overlaps in a file.
     """
 
-    __slots__ = ("_offset", "_region", "_scratch", "_slot", "_written", "nbytes")
+    __slots__ = ("_checksum", "_offset", "_region", "_scratch", "_slot", "_what", "_written", "nbytes")
 
-    def __init__(self, scratch: Scratch, region: int, offset: int, nbytes: int, slot: Slot) -> None:
+    def __init__(self, scratch: Scratch, region: int, offset: int, nbytes: int, slot: Slot, what: str) -> None:
         self._scratch: Scratch | None = scratch
         self._region = region
         self._offset = offset
         self._slot = slot
+        self._what = what
         self._written: Ticket | None = None
+        self._checksum: int | None = None  # of what was written, in a store that verifies
         self.nbytes = nbytes
 
     def write(self, address: int, keep: object) -> Ticket:
         """Start writing `nbytes` from `address`; `keep` lives until that has ended."""
+        if self._scratch is not None:
+            self._checksum = self._scratch.checksum_of(address, self.nbytes)
         self._written = self._transfer("write", address, keep)
         return self._written
 
@@ -42,7 +47,10 @@ class Place:
         """Start reading to `address`, behind the write, whose error the ticket raises too."""
         if self._written is None:
             raise StateError(f"{self.nbytes} bytes of scratch on the drives were read before they were written.")
-        return Transfer(self._transfer("read", address, keep), self._written)
+        read = Transfer(self._transfer("read", address, keep), self._written)
+        if self._checksum is None:
+            return read
+        return Verified(read, address, self._checksum, self._slot, f"{self._what} ({self.nbytes} bytes)", keep)
 
     def release(self) -> None:
         """Once; idempotent."""
@@ -69,19 +77,19 @@ class Scratch:
         self._lock = threading.Lock()
         self._regions: list[tuple[Extent, FreeRanges]] = []
 
-    def take(self, nbytes: int) -> Place:
-        """Room for `nbytes`, rounded up to 4096. BudgetError or StoreError where the drives have none."""
+    def take(self, nbytes: int, what: str = "scratch") -> Place:
+        """Room for `nbytes`, rounded up to 4096, of `what`. BudgetError or StoreError where the drives have none."""
         size = align_up(nbytes, UNIT_BYTES)
         with self._lock:
             for index, (extent, free) in enumerate(self._regions):
                 offset = free.take(size)
                 if offset is not None:
-                    return Place(self, index, offset, size, slice_of(extent.slots[0], offset, size))
+                    return Place(self, index, offset, size, slice_of(extent.slots[0], offset, size), what)
             extent = self._grow(size)
             free = FreeRanges(extent.nbytes)
             free.take(size)
             self._regions.append((extent, free))
-            return Place(self, len(self._regions) - 1, 0, size, slice_of(extent.slots[0], 0, size))
+            return Place(self, len(self._regions) - 1, 0, size, slice_of(extent.slots[0], 0, size), what)
 
     def _grow(self, nbytes: int) -> Extent:
         """One region more, with room for `nbytes` at least."""
@@ -95,6 +103,10 @@ class Scratch:
         """Called by Place.release only."""
         with self._lock:
             self._regions[region][1].give(offset, nbytes)
+
+    def checksum_of(self, address: int, nbytes: int) -> int | None:
+        """Called by Place only: of memory, in a store that verifies."""
+        return self._store.checksum_of(address, nbytes) if self._store.verify else None
 
     def transfer(self, kind: str, slot: Slot, address: int, keep: object) -> Ticket:
         """Called by Place only."""

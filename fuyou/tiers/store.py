@@ -39,12 +39,20 @@ class Store:
     `adopt`: the newest step in these very folders, which the store goes on from: its extents stay where they are, and
     `place(adopt=…)` gives them to whoever knows their numbers. The others keep their room and are of no step any more.
 
+    `verify`: all that is written has a checksum, and every read is compared with it (fuyou/tiers/verified.py).
+
     `close` leaves the files of a store that has a step, and beside them the mark OPEN unless `seal` was called before.
     """
 
     def __init__(
-        self, folders: Sequence[str], ledger: Ledger, durable: bool = False, adopt: Record | None = None
+        self,
+        folders: Sequence[str],
+        ledger: Ledger,
+        durable: bool = False,
+        adopt: Record | None = None,
+        verify: bool = False,
     ) -> None:
+        self.verify = verify
         self._ledger = ledger
         self.lock = ProcessLock("the store")  # guards the extents' slots and the commits
         self._placing = ProcessLock("making room in the store")  # one `open`, `add` or `add_slot` at a time
