@@ -16,8 +16,6 @@ from fuyou.core.errors import ConfigError, FuyouError
 
 _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
 _NOT_BUILT = {
-    "doctor": "`fuyou train CONFIG.yaml --dry-run` refuses what cannot work here",
-    "verify": "an exported model is checked by loading it",
     "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
 }
 
@@ -265,6 +263,69 @@ def plan(
         nvme or (), precision, system,
     )  # fmt: skip
     context.obj.status = run_plan(arguments, as_json)
+
+
+@app.command(
+    epilog="Example: fuyou doctor --nvme /mnt/nvme --save machine.json && fuyou plan --hardware machine.json …"
+)
+def doctor(
+    context: typer.Context,
+    nvme: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="A folder on a drive to examine; repeatable. Left out: those of FUYOU_NVME."),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was measured as a hardware file, for `fuyou plan --hardware`."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: findings, and the facts behind them.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Examine this machine: what it is, how fast it is, what holds fuyou back, and the cure. Nothing is left on a drive.
+
+    Exit status 0: it can train. 1: something is a problem. 2: a bad argument.
+    """
+    from fuyou.core.environment import nvme_folders
+    from fuyou.doctor.command import doctor as run_doctor
+
+    context.obj.status = run_doctor(nvme or nvme_folders() or (), as_json, save)
+
+
+@app.command(
+    epilog="Example: fuyou verify job.yaml --steps 5, or fuyou verify --model m --data d.jsonl --nvme /mnt/nvme"
+)
+def verify(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration of a job of `fuyou train`.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="In place of CONFIG.yaml: a Hugging Face folder, or an id.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FILE", help="With --model; repeatable.")] = None,
+    nvme: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="With --model; repeatable. Left out: host RAM only.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="key=value", help="Override a key of the job; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that both sides train.")] = 3,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers at most; else as many as plain PyTorch has memory for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train some steps of a job with fuyou and in plain PyTorch, and compare every parameter. No file is left.
+
+    Exit status 0: exact, or within tolerance where bits are not promised. 1: wrong. 2: it cannot be compared.
+    """
+    from fuyou.train.config import config_to_verify
+
+    settings = config_to_verify(config, model, data or (), nvme or (), set_ or ())
+    from fuyou.train.verify import verify as run_verify
+
+    context.obj.status = run_verify(settings, steps, layers, as_json)
 
 
 def _refuse_not_built(context: typer.Context) -> None:

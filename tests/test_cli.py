@@ -48,10 +48,16 @@ def refused(capsys, *arguments: str) -> str:
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument .*Try `fuyou train --help`"),
         (["plan", "--what"], "No such option: --what.*Try `fuyou plan --help`"),
-        (["verify", "c.yaml", "--what"], "`fuyou verify` is not built yet"),
+        (["verify", "c.yaml", "--what"], "No such option: --what.*Try `fuyou verify --help`"),
         (["resume", "out"], "out holds no run"),
         (["export", "out", "there"], "out holds no run"),
-        (["doctor", "--help"], "`fuyou doctor` is not built yet"),
+        (["verify"], "Give the configuration of a job, or --model"),
+        (["verify", "c.yaml", "--data", "d.txt"], "--data and --nvme go with --model"),
+        (["verify", "--model", "m"], "--model needs --data"),
+        (["verify", "missing.yaml"], "missing.yaml is not a file"),
+        (["verify", "c.yaml", "--set", "nvme=missing"], "missing does not exist"),
+        (["report", "out"], "`fuyou report` is not built yet"),
+        (["doctor", "--nvme", "nvme", "--nvme", "nvme"], "given twice"),
         (["exprot"], "No such command 'exprot'"),
         (["init", "c.yaml"], "c.yaml exists: give another path, or --force"),
         (["init", "empty_folder"], "empty_folder is a folder"),
@@ -128,7 +134,15 @@ def test_a_launched_scripts_debug_is_its_own(folder, capsys):
 
 
 def test_help_lists_what_is_built(capsys):
-    for arguments in (["--help"], ["train", "--help"], ["launch", "--help"], ["init", "--help"], ["plan", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["launch", "--help"],
+        ["init", "--help"],
+        ["plan", "--help"],
+        ["doctor", "--help"],
+        ["verify", "--help"],
+    ):
         assert main(arguments) == 0
     shown = capsys.readouterr().out
     commands = shown[shown.index("Commands:") : shown.index("Usage: fuyou train")]
@@ -139,6 +153,8 @@ def test_help_lists_what_is_built(capsys):
         "launch",
         "init",
         "plan",
+        "doctor",
+        "verify",
     }
     for option in ("--set", "--dry-run", "--nvme-limit", "--threads", "--cores", "--no-bind", "--quiet", "--force"):
         assert option in shown

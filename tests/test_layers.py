@@ -26,6 +26,7 @@ LAYERS = [
     "api",
     "pretrained",
     "train",
+    "doctor",
     "cli",
 ]
 RANK = {name: rank for rank, name in enumerate(LAYERS)}

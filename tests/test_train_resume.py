@@ -186,7 +186,7 @@ def never(*arguments):
     print("in a step", flush=True)
     while True:
         time.sleep(0.01)
-loop._accumulate = never
+loop.accumulate = never
 main({job(inputs, tmp_path)!r})
 """
     with subprocess.Popen(

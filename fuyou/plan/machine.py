@@ -15,6 +15,7 @@ those of common machines; another machine is a file of the same keys:
 | cores | 1 | physical cores |
 | array_bytes_per_s | bytes/s | most that all drives move together, reads and writes at once; left out: the sum of the drives |
 | tail_s | s | of every step that nothing hides |
+| shared_compute | true or false | no GPU: compute, copies and Adam take turns on the cores, and device and host are one memory |
 | drives | list | of objects with count, read_bytes_per_s, write_bytes_per_s, capacity_bytes, endurance_bytes (written) |
 """
 
@@ -117,7 +118,7 @@ _TEXTS = ("name", "description", "comment")
 _SIZES = ("device_bytes", "host_bytes")
 _RATES = ("flops_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "dram_bytes_per_s")
 _OPTIONAL = ("array_bytes_per_s", "tail_s")
-_KNOWN = (*_TEXTS, *_RATES, *_SIZES, "cores", *_OPTIONAL, "drives")
+_KNOWN = (*_TEXTS, *_RATES, *_SIZES, "cores", *_OPTIONAL, "shared_compute", "drives")
 _DRIVE = ("model", "count", "read_bytes_per_s", "write_bytes_per_s", "capacity_bytes", "endurance_bytes")
 
 
@@ -158,10 +159,28 @@ def machine_of(values: Any, file: str) -> Machine:
         device_bytes=_size(values, "device_bytes", file),
         host_bytes=_size(values, "host_bytes", file),
         cores=_whole(values, "cores", file),
+        shared_compute=_truth(values, "shared_compute", file),
         drives=tuple(drives),
         **rates,
         **optional,
     )
+
+
+def to_file(machine: Machine, source: str) -> dict[str, Any]:
+    """What a hardware file of one GPU's `machine` says, each figure with `source`: `machine_of` makes the same of it."""
+
+    def figure(value: float) -> dict[str, Any]:
+        return {"value": value, "source": source}
+
+    values: dict[str, Any] = {"name": machine.name, "description": machine.description}
+    values |= {key: figure(getattr(machine, key)) for key in (*_RATES, *_SIZES, "cores")}
+    values |= {key: figure(getattr(machine, key)) for key in _OPTIONAL if 0 < getattr(machine, key) < math.inf}
+    values["shared_compute"] = machine.shared_compute
+    values["drives"] = [
+        {key: figure(getattr(drive, key)) for key in _DRIVE[2:] if getattr(drive, key) < math.inf}
+        for drive in machine.drives
+    ]
+    return values
 
 
 def _drives(values: Any, index: int, file: str) -> list[Drive]:
@@ -223,6 +242,13 @@ def _whole(values: Mapping[str, Any], key: str, file: str) -> int:
     value = _raw(values, key, file)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PIECES:
         raise ConfigError(f"Hardware file {file}: {key}={shown(value)} must be a whole number from 1 to {MOST_PIECES}.")
+    return value
+
+
+def _truth(values: Mapping[str, Any], key: str, file: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"Hardware file {file}: {key}={shown(value)} is neither true nor false.")
     return value
 
 

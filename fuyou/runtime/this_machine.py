@@ -22,7 +22,7 @@ from fuyou.runtime.measure import free_host_bytes
 from fuyou.swap.adam import AdamHyper, load_kernels
 from fuyou.tiers.folders import check_folders, memory_folders, rooms_of
 from fuyou.tiers.io import open_engine
-from fuyou.tiers.io.measure import MEMORY_BYTES, measure
+from fuyou.tiers.io.measure import MEMORY_BYTES, measure, taking_turns
 from fuyou.tiers.io.tuning import Tuning, remembered
 from fuyou.tiers.pages import Pages
 
@@ -51,8 +51,13 @@ def measure_machine(folders: Sequence[str], precision: str, device: torch.device
         notes.append(
             f"{folder}: {format_bytes(read)}/s read and {format_bytes(write)}/s written, both at once in turns"
         )
+    return measure_rates(precision, device, drives), notes
+
+
+def measure_rates(precision: str, device: torch.device, drives: Sequence[Drive]) -> Machine:
+    """The machine of these drives; all else of it is measured."""
     to_device, to_host = copy_rates(device)
-    machine = Machine(
+    return Machine(
         name="this machine",
         flops_per_s=device_rate(device, precision),
         device_bytes=device_bytes(device),
@@ -65,7 +70,6 @@ def measure_machine(folders: Sequence[str], precision: str, device: torch.device
         shared_compute=device.type == "cpu",
         description=torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU",
     )
-    return machine, notes
 
 
 def device_bytes(device: torch.device) -> int:
@@ -164,9 +168,7 @@ def drive_rates(folder: str) -> tuple[float, float]:
             return open_engine(name, tuning=tuning)
 
         found = measure(open_tuned, name, folder, pages.address, MEMORY_BYTES)
-    alone = 2 / (1 / found.read_bytes_per_s + 1 / found.write_bytes_per_s)  # of half of each, if they took turns
-    share = found.mixed_bytes_per_s / alone
-    return found.read_bytes_per_s * share, found.write_bytes_per_s * share
+    return taking_turns(found.read_bytes_per_s, found.write_bytes_per_s, found.mixed_bytes_per_s)
 
 
 def _median_s(run: Callable[[], object], seconds: float = MEASURE_S) -> float:

@@ -108,20 +108,41 @@ def check_folders(folders: Sequence[str]) -> list[str]:
     return checked
 
 
-def memory_folders(folders: Sequence[str]) -> dict[str, str]:
-    """Those of `folders` whose file system keeps its bytes in RAM, with its name: tmpfs or ramfs.
+@dataclass(frozen=True)
+class Mount:
+    """Where a folder lies. `kind`: ext4, xfs, tmpfs, …; `source`: a device, or what stands for one; `options`: as mounted."""
 
-    Looked up by device number, which names the mount whatever links and bind mounts lie on the way.
+    kind: str
+    source: str
+    point: str
+    options: str
+
+
+def mount_of(folder: str, table: str = "/proc/self/mountinfo") -> Mount | None:
+    """The mount that `folder`, which exists, lies on; None where the kernel does not say.
+
+    By device number, which names it whatever links and bind mounts lie on the way; file systems whose folders have numbers
+    of their own (btrfs, overlay of some kernels) by the longest path.
     """
-    kinds: dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+    path = os.path.realpath(folder)
+    number = os.stat(path).st_dev
+    same_device: list[Mount] = []
+    around: list[Mount] = []
+    with contextlib.suppress(OSError), open(table, encoding="utf-8") as mounts:
         for line in mounts:
-            device, (kind, *_) = line.split()[2], line.partition(" - ")[2].split()
-            kinds[device] = kind
-    found = {}
-    for folder in folders:
-        number = os.stat(folder).st_dev
-        kind = kinds.get(f"{os.major(number)}:{os.minor(number)}", "")
-        if kind in ("tmpfs", "ramfs"):
-            found[folder] = kind
-    return found
+            left, _, right = line.partition(" - ")
+            fields, kind = left.split(), right.split()
+            point = fields[4].encode("latin-1", "replace").decode("unicode_escape")  # \040 is a space
+            found = Mount(kind[0], kind[1], point, fields[5])
+            if fields[2] == f"{os.major(number)}:{os.minor(number)}":
+                same_device.append(found)
+            if path == point or path.startswith(point.rstrip("/") + "/"):
+                around.append(found)
+    above = [each for each in same_device if each in around] or same_device or around
+    return max(above, key=lambda each: len(each.point), default=None)
+
+
+def memory_folders(folders: Sequence[str]) -> dict[str, str]:
+    """Those of `folders` whose file system keeps its bytes in RAM, with its name: tmpfs or ramfs."""
+    found = {folder: mount_of(folder) for folder in folders}
+    return {folder: mount.kind for folder, mount in found.items() if mount and mount.kind in ("tmpfs", "ramfs")}

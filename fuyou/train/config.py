@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,8 +149,12 @@ _INSTEAD = {"steps": "epochs", "epochs": "steps"}
 
 def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
     """Defaults, overridden by the file, overridden by `key=value` strings. ConfigError names the key and the place."""
-    values = _parse_file(Path(path))
-    places = dict.fromkeys(values, f"{path}")
+    return make_config(_parse_file(Path(path)), overrides, str(path))
+
+
+def make_config(values: dict[str, Any], overrides: Iterable[str] = (), path: str = "the command line") -> TrainConfig:
+    """`read_config`, of the values that a file at `path` would hold."""
+    places = dict.fromkeys(values, path)
     for override in overrides:
         key, value = _parse_override(override)
         outer, dot, inner = key.partition(".")
@@ -170,6 +174,24 @@ def read_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     except ValidationError as error:
         raise ConfigError(_first_error(error, values, places, path)) from None
     return _resolved(config)
+
+
+def config_to_verify(
+    path: Path | None, model: str | None, data: Sequence[str], nvme: Sequence[str], overrides: Iterable[str]
+) -> TrainConfig:
+    """The job of `fuyou verify`: a file's, or one of `model` and `data` with the defaults of all else."""
+    if (path is None) == (model is None):
+        raise ConfigError(
+            "Give the configuration of a job, or --model with --data: one of the two says what is verified."
+        )
+    if path is not None:
+        if data or nvme:
+            raise ConfigError("--data and --nvme go with --model; of a configuration's, --set data=… and --set nvme=….")
+        return read_config(path, overrides)
+    if not data:
+        raise ConfigError("--model needs --data: the files that it would be trained on.")
+    values = {"model": model, "data": list(data), "output": "unused", "nvme": list(nvme) or None}
+    return make_config(values, overrides)
 
 
 def _refuse_unknown(values: dict[Any, Any], model: type[BaseModel], place: Callable[[Any], str]) -> None:
@@ -233,7 +255,7 @@ def _required() -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _first_error(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: object) -> str:
+def _first_error(error: ValidationError, values: dict[str, Any], places: dict[str, str], path: str) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "missing":

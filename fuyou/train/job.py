@@ -140,8 +140,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over what is not frozen, in two groups: matrices decay, biases and norms (one dimension) do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    return adamw([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+
+
+def adamw(trained: Sequence[torch.Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """`make_optimizer`, of tensors."""
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]

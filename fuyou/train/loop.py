@@ -105,8 +105,8 @@ def train(
             started = time.perf_counter()
             learning_rate = scheduler.get_last_lr()[0]
 
-            loss = _accumulate(run, training, batches, step, head)
-            norm = _clip(run, config) if math.isfinite(loss) else None
+            loss = accumulate(run, training, batches, step, head)
+            norm = clip(run, config) if math.isfinite(loss) else None
             problem = _not_finite(step, loss, norm)
             if not problem:
                 told = {str(at): value for at, value in losses.items()}
@@ -170,7 +170,7 @@ def held_out_loss(run: Any, rows: Rows, batch_size: int, head: DeferredHead | No
     return total / count, count
 
 
-def _accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int, head: DeferredHead | None) -> float:
+def accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int, head: DeferredHead | None) -> float:
     """Backward over every batch; the mean of their losses. It stops at the first loss that is not finite."""
     total = 0.0
     for some in batches:
@@ -188,7 +188,7 @@ def _accumulate(run: Any, rows: Rows, batches: list[list[int]], step: int, head:
     return total / len(batches)
 
 
-def _clip(run: Any, config: TrainConfig) -> float | None:
+def clip(run: Any, config: TrainConfig) -> float | None:
     """The gradient's norm, clipped to max_grad_norm. Not computed where it is neither clipped nor looked at."""
     if config.max_grad_norm:
         return torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm).item()

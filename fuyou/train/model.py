@@ -58,7 +58,7 @@ def load_model(name: str, precision: str | None, sequence_length: int = 0) -> tu
     of it). Its weights stay in their files until `wrap` takes them home ([Note: stored]). ConfigError for weights that are
     missing, damaged, or of another model, and for a `sequence_length` beyond the positions that it has learnt."""
     dtype = None if precision is None else _DTYPES[precision]
-    imported = import_pretrained(_folder_of(name), dtype=dtype, name=name)
+    imported = import_pretrained(folder_of(name), dtype=dtype, name=name)
     model = imported.model
     stored = {parameter.dtype for parameter in model.parameters()}
     if precision is None and torch.float16 in stored:
@@ -131,7 +131,7 @@ def _access(name: str) -> dict[str, Any]:
     return options
 
 
-def _folder_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """The folder, or that of the hub's cache once the model's files are there."""
     options = _access(name)
     if Path(name).is_dir():

@@ -98,7 +98,9 @@ def _machine(its: PlanArguments) -> tuple[Machine, System, list[str]]:
     notes: list[str] = []
     if its.hardware is not None:
         machine = load_machine(its.hardware)
-        system = PAPER_SYSTEM if its.system == "paper" else fuyou_system(its.precision or "bf16", "cuda")
+        precision = its.precision or ("fp32" if machine.shared_compute else "bf16")
+        kind = "cpu" if machine.shared_compute else "cuda"
+        system = PAPER_SYSTEM if its.system == "paper" else fuyou_system(precision, kind)
         notes.append(f"{machine.name}: {machine.description}" if machine.description else machine.name)
     else:
         import torch  # here alone: a machine on paper need not wait for it

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuyou.core.errors import StorageIOError
@@ -25,6 +25,9 @@ MEMORY_BYTES = 256 * MIB  # at most: twice the most that any candidate has under
 LEAST_MEMORY_BYTES = 4 * OPERATION_BYTES
 SCRATCH_BYTES = 512 * MIB
 PROBE_S = 0.2
+BRIEF_S = 1.0  # of reads, and of reads and writes together, in a brief measurement
+BRIEF_MIXED_BYTES = 768 * MIB  # of which half are written: with the scratch files less than a GiB
+FIRST_BYTES = 4 * MIB  # written to learn how slow a drive is
 ROUNDS = 2  # each candidate's turns are apart in time: a slow moment of the machine does not hit one alone
 GOOD_SHARE = 0.95  # of the best: within this, what costs less CPU and less memory in flight wins
 
@@ -81,12 +84,68 @@ def _choose(candidates: Sequence[Tuning], found: Sequence[dict[Mode, float]]) ->
     return max(good, key=lambda index: (candidates[index].piece_bytes, -candidates[index].queue_depth))
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Of one drive, in bytes a second; `mixed` is reads and writes together, half of each. `written_bytes`: to learn them."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    mixed_bytes_per_s: float
+    written_bytes: int
+
+    def taking_turns(self) -> tuple[float, float]:
+        """See `taking_turns`."""
+        return taking_turns(self.read_bytes_per_s, self.write_bytes_per_s, self.mixed_bytes_per_s)
+
+
+def taking_turns(read: float, write: float, mixed: float) -> tuple[float, float]:
+    """Bytes a second of reads, and of writes, such that x bytes read and y written at once take x / reads + y / writes."""
+    share = mixed * (1 / read + 1 / write) / 2  # of half a byte of each, one after the other
+    return read * share, write * share
+
+
+def measure_briefly(engine: Engine, folder: str, address: int, nbytes: int, room_bytes: int) -> Speeds:
+    """How fast the drive of `folder` is with the requests of `engine`, as it is tuned; three or four seconds.
+
+    Writes less than 1 GiB, and on a slow drive what it takes in two seconds, to scratch files without a name of at most
+    `room_bytes`, from [address, address + nbytes), whose content is lost. StorageIOError where the drive fails or has no
+    room for 64 MiB, DeadlineError where it does not answer.
+    """
+    with _scratch(folder, OPERATION_BYTES) as path:
+        first = _in_file(engine, path, "write", address, FIRST_BYTES, 0.0, FIRST_BYTES, FIRST_BYTES)
+    in_a_second = max(OPERATION_BYTES, int(first) // OPERATION_BYTES * OPERATION_BYTES)
+    scratch_bytes = min(max(2 * in_a_second, LEAST_MEMORY_BYTES), SCRATCH_BYTES)
+    scratch_bytes = min(scratch_bytes, max(room_bytes, LEAST_MEMORY_BYTES) // OPERATION_BYTES * OPERATION_BYTES)
+    nbytes = min(nbytes, in_a_second, scratch_bytes)  # under way at most: what a second moves
+    with _scratch(folder, scratch_bytes) as path:  # all of it is written before any is read
+        write = _in_file(engine, path, "write", address, nbytes, 0.0, scratch_bytes)
+        read = _in_file(engine, path, "read", address, nbytes, BRIEF_S)
+        most = BRIEF_MIXED_BYTES
+        mixed = _in_file(engine, path, "mixed", address, nbytes, BRIEF_S, most_bytes=most)
+    return Speeds(read, write, mixed, OPERATION_BYTES + scratch_bytes + most // 2)
+
+
+def _in_file(
+    engine: Engine, path: str, mode: Mode, address: int, nbytes: int, seconds: float, least_bytes: int = 0,
+    operation_bytes: int = OPERATION_BYTES, most_bytes: int | None = None,
+) -> float:  # fmt: skip
+    """`throughput`, in a file that is opened for it."""
+    file = engine.open(path)
+    try:
+        return throughput(
+            engine, file, mode, address, nbytes, seconds,
+            operation_bytes=operation_bytes, least_bytes=least_bytes, most_bytes=most_bytes,
+        )  # fmt: skip
+    finally:
+        engine.close_file(file)
+
+
 @contextlib.contextmanager
-def _scratch(folder: str) -> Iterator[str]:
-    """A path to SCRATCH_BYTES of file in `folder`, which have no name there: whatever becomes of us, they go."""
+def _scratch(folder: str, nbytes: int = SCRATCH_BYTES) -> Iterator[str]:
+    """A path to `nbytes` of file in `folder`, which have no name there: whatever becomes of us, they go."""
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            os.posix_fallocate(file.fileno(), 0, SCRATCH_BYTES)
+            os.posix_fallocate(file.fileno(), 0, nbytes)
             yield f"/proc/self/fd/{file.fileno()}"
     except StorageIOError:
         raise
@@ -105,11 +164,12 @@ def throughput(
     *,
     operation_bytes: int = OPERATION_BYTES,
     least_bytes: int = 0,
+    most_bytes: int | None = None,
 ) -> float:
     """Bytes a second of `mode` over `file`, with as many operations under way as [address, address + nbytes) holds.
 
-    Starts operations for `seconds`, and until `least_bytes` have been started; what is under way then is waited for and
-    counted. Reads run through the file from its start, writes from its middle, round and round.
+    Starts operations for `seconds`, and until `least_bytes` have been started, and none beyond `most_bytes`; what is under
+    way then is waited for and counted. Reads run through the file from its start, writes from its middle, round and round.
     """
     places = file.size_bytes // operation_bytes
     position = {"read": 0, "write": places // 2}
@@ -118,7 +178,11 @@ def throughput(
     started = 0
     began = time.perf_counter()
     while True:
-        while free and (time.perf_counter() - began < seconds or started * operation_bytes < least_bytes):
+        while (
+            free
+            and (time.perf_counter() - began < seconds or started * operation_bytes < least_bytes)
+            and (most_bytes is None or (started + 1) * operation_bytes <= most_bytes)
+        ):
             kind = ("read", "write")[started % 2] if mode == "mixed" else mode
             start = engine.read if kind == "read" else engine.write
             memory = free.pop()
