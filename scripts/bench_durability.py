@@ -149,7 +149,6 @@ def _save_at(
     run: Remote,
     gauge: DriveGauge,
     folder: Path,
-    plain: Plain,
 ) -> dict[str, Any]:
     without, saving, speeds = [], [], []
     for _ in range(options.rounds):

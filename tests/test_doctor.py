@@ -115,7 +115,10 @@ CASES = {
     "memlock of an old kernel": (with_engine(uring_errno=errno.ENOMEM), "io", "memlock", "ulimit -l"),
     "descriptors": (with_engine(uring_errno=errno.EMFILE), "io", "descriptor", "ulimit -n"),
     "no extension": (with_engine(extension_loaded=False, uring_errno=None), "io", "without the extension", "C++17"),
-    "torch's Adam": (replace(change("adam", problem="It cannot be loaded."), engine=replace(GOOD.engine, extension_loaded=False)), "extension", "through torch", "C++17"),
+    "torch's Adam": (
+        replace(change("adam", problem="It cannot be loaded."), engine=replace(GOOD.engine, extension_loaded=False)),
+        "extension", "through torch", "C++17",
+    ),
     "other bits": (change("adam", problem="other bits"), "extension", "I/O only: other bits", "torch"),
     "tmpfs": (with_drive(in_memory=True, mount_kind="tmpfs", read_bytes_per_s=None), "nvme /mnt/a", "RAM", "drive"),
     "same file system": (with_drive(shares_with="/mnt/b"), "nvme /mnt/a", "same as /mnt/b", "one folder a drive"),

@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 from fuyou.checkpoint.checkpoints import Draft
 from fuyou.core.errors import DeadlineError, StorageIOError
-from fuyou.core.ticket import Ticket
+from fuyou.core.ticket import Ticket, wait_for
 from fuyou.plan.planner import SAVING_BUFFERS, Plan
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.buffers import Buffers
 from fuyou.tiers.host import Lease
+from fuyou.tiers.io import Engine
 from fuyou.tiers.pins import Pin
 from fuyou.tiers.saving import SavedWriter
 from fuyou.tiers.store import Commit, Extent, Store
@@ -116,15 +117,21 @@ class Saves:
     # ---- the thread
 
     def _run(self, draft: Draft, commit: Ticket, pin: Pin | None) -> None:
+        engine = self._store.drives[0].engine if self._store is not None else None  # any: a file is all the same to it
         try:
             commit.wait()
-            if pin is not None:
+            if pin is not None and engine is not None:
                 extents = {*pin.extents}
                 numbers = draft.number(lambda each: each.extent in extents)
                 number_of = {draft.ranges[key].extent: number for key, number in numbers.items()}
-                while (extent := pin.take()) is not None:
-                    self._copy(extent, number_of[extent], draft.writer, pin.commit)
-                    pin.let_go(extent)
+                target = _Target(engine, draft.writer.path)
+                try:
+                    while (extent := pin.take()) is not None:
+                        self._copy(extent, number_of[extent], draft.writer, target, pin.commit)
+                        pin.let_go(extent)
+                    target.flush()
+                finally:
+                    target.close()
                 draft.finish()
                 self._saved(draft.writer.folder, draft.step)
         finally:
@@ -132,14 +139,16 @@ class Saves:
             if pin is not None and self._store is not None:
                 self._store.unpin(pin)
 
-    def _copy(self, extent: Extent, number: int, writer: SavedWriter, commit: Commit) -> None:
-        """Piece by piece: one is read while the one before it is written."""
+    def _copy(self, extent: Extent, number: int, writer: SavedWriter, target: _Target, commit: Commit) -> None:
+        """Piece by piece: some are read while others are written. All have been read when this returns."""
         slot, offset = commit.slot_of(extent.index), 0
         reading: deque[tuple[Lease, int, Ticket]] = deque()
         writer.begin(number, extent.nbytes)
         try:
             while offset < extent.nbytes or reading:
-                lease = self._buffers.try_take() if offset < extent.nbytes else None
+                lease = None
+                if offset < extent.nbytes:
+                    lease = self._buffers.try_take() if reading else self._buffers.take()
                 if lease is not None:
                     count = min(self._piece_bytes, extent.nbytes - offset)
                     reading.append((lease, count, extent.read_slot(slot, offset, count, lease.address, lease)))
@@ -147,10 +156,11 @@ class Saves:
                 else:
                     lease, count, read = reading[0]
                     read.wait()
-                    writer.write(lease.data[:count].numpy().data)
-                    self._buffers.put(lease, [])
-                    self._copied_bytes += count
+                    at = writer.passed(lease.data[:count].numpy().data)
+                    written = target.write(at, lease, count)
                     reading.popleft()
+                    self._buffers.put(lease, [written])
+                    self._copied_bytes += count
         finally:
             for lease, _, read in reading:
                 self._buffers.put(lease, [read])
@@ -162,9 +172,33 @@ class Saves:
             )
 
 
+class _Target:
+    """A checkpoint's data, written as a drive's are: directly, several pieces at once."""
+
+    def __init__(self, engine: Engine, path: str) -> None:
+        self._engine = engine
+        self._file = engine.open(path)
+        self._writing: deque[Ticket] = deque()
+
+    def write(self, offset: int, lease: Lease, nbytes: int) -> Ticket:
+        """Start it. Raises the error of one that has ended."""
+        while self._writing and self._writing[0].done():
+            self._writing.popleft().wait()
+        self._writing.append(self._engine.write(self._file, offset, lease.address, nbytes, lease))
+        return self._writing[-1]
+
+    def flush(self) -> None:
+        """All of it is on the drive."""
+        wait_for(self._writing)
+        self._engine.flush(self._file).wait()
+
+    def close(self) -> None:
+        self._engine.close_file(self._file)
+
+
 def saves_of(tiers: Tiers, plan: Plan, saved: Callable[[str, int], None]) -> Saves:
     """Of a run."""
     return Saves(
-        tiers.store if tiers.durable else None, tiers.buffers(plan.aside_bytes, SAVING_BUFFERS), plan.aside_bytes,
+        tiers.store if tiers.durable else None, tiers.buffers(plan.saving_bytes, SAVING_BUFFERS), plan.saving_bytes,
         saved=saved, deadline_s=tiers.deadline_s, in_flight=tiers.in_flight,
     )  # fmt: skip

@@ -40,7 +40,8 @@ ACTIVATION_PIECE_BYTES = 4 << 20
 ACTIVATION_BUFFERS = 8
 SMALLEST_PIECE_BYTES = 64 << 10
 LARGEST_ASIDE_BYTES = 256 << 10
-SAVING_BUFFERS = 4  # pieces of the same size, through which a checkpoint is copied beside training
+SAVING_BUFFERS = 4  # through which a checkpoint is copied beside training
+LARGEST_SAVING_BYTES = 4 << 20
 AUTO_SWAPS_FROM_BYTES = 256 << 20  # of host memory; a smaller budget has none to spare for what may not be used
 
 
@@ -91,7 +92,7 @@ class Plan:
     chunk with all its kinds there moves nothing over the drive's link, and its update can wait for the next forward.
 
     `spare`: those of them with a second place for weights and state, so that their updates need not wait for `step()`.
-    `staging_bytes` counts the buffers of `activations` too, and those of `aside_bytes`, for commits and for checkpoints.
+    `staging_bytes` counts the buffers of `activations` too, and those for commits and checkpoints.
     `state_slots`: slots of an NVMe extent that updates rewrite.
     `through`: steps are committed, so weights and state on the host are on NVMe too, in `committed` extents together with
     the others.
@@ -113,6 +114,7 @@ class Plan:
     spare: frozenset[tuple[int, int]]
     activations: ActivationMemory
     aside_bytes: int  # a piece of what commits hold beside the extents, and its buffer; 0 where steps are not committed
+    saving_bytes: int  # a piece of a checkpoint that is copied beside training; 0 where steps are not committed
     aside_pieces: int = 0  # of them on the drives, two slots each; known when the parameters' names are
 
     @property
@@ -146,13 +148,14 @@ def make_plan(
     working = WORKING_BYTES[device_kind]
     slot_limit = _plan_device(units, gpu_bytes, working, buffer_bytes)
     memory = _plan_activations(ram_bytes, with_nvme, activations)
-    aside = _aside_bytes(ram_bytes) if durable else 0
+    aside = _piece_bytes(LARGEST_ASIDE_BYTES, 1, ram_bytes) if durable else 0
+    saving = _piece_bytes(LARGEST_SAVING_BYTES, SAVING_BUFFERS, ram_bytes) if durable else 0
     try:
-        beside = memory.staging_bytes + (1 + SAVING_BUFFERS) * aside
+        beside = memory.staging_bytes + aside + SAVING_BUFFERS * saving
         staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, beside)
     except BudgetError:  # what the smallest staging needs is told with, and is enough with, the smallest piece
-        aside = min(aside, PAGE_BYTES)
-        beside = memory.staging_bytes + (1 + SAVING_BUFFERS) * aside
+        aside, saving = min(aside, PAGE_BYTES), min(saving, PAGE_BYTES)
+        beside = memory.staging_bytes + aside + SAVING_BUFFERS * saving
         staged = _plan_staging(units, ram_bytes, with_nvme, device_kind, beside)
     chunk, counts, buffers, staging = staged
     if activations == "host":
@@ -168,7 +171,7 @@ def make_plan(
         slots, nvme = 1, place.nvme_bytes(1)  # room for one of each: updates wait for `step()`
     return Plan(
         chunk, *buffers, counts, staging, place.resident_bytes, slot_limit, working, nvme, slots, durable, place.committed,
-        frozenset(place.on_host), frozenset(place.spare), memory, aside,
+        frozenset(place.on_host), frozenset(place.spare), memory, aside, saving,
     )  # fmt: skip
 
 
@@ -205,9 +208,10 @@ def _plan_activations(ram_bytes: int, with_nvme: bool, activations: str) -> Acti
     return ActivationMemory(piece, ACTIVATION_BUFFERS if swaps_to_drives else 0)
 
 
-def _aside_bytes(ram_bytes: int) -> int:
-    piece = LARGEST_ASIDE_BYTES
-    while piece > PAGE_BYTES and 64 * piece > ram_bytes:
+def _piece_bytes(largest: int, count: int, ram_bytes: int) -> int:
+    """Of `count` buffers, which are together no more than a 64th of the budget, as long as that is a page each."""
+    piece = largest
+    while piece > PAGE_BYTES and 64 * count * piece > ram_bytes:
         piece //= 2
     return piece
 

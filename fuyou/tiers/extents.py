@@ -86,6 +86,17 @@ class Part(NamedTuple):
 Slot = tuple[Part, ...]  # in the order of the extent's bytes
 
 
+def slice_of(slot: Slot, offset: int, nbytes: int) -> Slot:
+    """The parts of `slot` that hold its bytes from `offset` on, `nbytes` of them."""
+    parts = []
+    for drive, start, size in slot:
+        first, last = max(offset, 0), min(offset + nbytes, size)
+        if first < last:
+            parts.append(Part(drive, start + first, last - first))
+        offset -= size
+    return tuple(parts)
+
+
 class Ahead(NamedTuple):
     """A write into the slot that is not current, which `accept` makes current and `drop` forgets."""
 
@@ -213,14 +224,8 @@ class Extent:
 
     def read_slot(self, slot: int, offset: int, nbytes: int, address: int, keep: object) -> Ticket:
         """Start reading some bytes of a slot whose writer has ended and that is not written meanwhile: a pinned one."""
-        wanted = []
-        for part in self._slots[slot]:
-            first, last = max(offset, 0), min(offset + nbytes, part.nbytes)
-            if first < last:
-                wanted.append(Part(part.drive, part.offset + first, last - first))
-            offset -= part.nbytes
         with self._store.lock:
-            return self._store.transfer("read", tuple(wanted), address, keep)
+            return self._store.transfer("read", slice_of(self._slots[slot], offset, nbytes), address, keep)
 
     @property
     def can_write_ahead(self) -> bool:

@@ -51,10 +51,15 @@ class SavedWriter:
             self._home = os.path.join(self._draft, FOLDER)
             os.mkdir(self._home, 0o700)
             self._lock = FolderLock(self._home)  # somebody is at it
-            path = os.path.join(self._home, DATA)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.path = os.path.join(self._home, DATA)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _storage_error(error, f"make the checkpoint {folder}") from error
+        try:
+            os.posix_fallocate(self._file, 0, max(nbytes, 1))  # no room is told now, and direct writes need not wait
+        except OSError as error:
+            self.discard()
+            raise _storage_error(error, f"make {nbytes} bytes of room for the checkpoint {folder}") from error
         self._checksum = best_checksum()
         self._entries: list[tuple[int, int, int, int]] = []
         self._parts: list[tuple[int, int, int, int, int]] = []
@@ -81,19 +86,25 @@ class SavedWriter:
 
     def write(self, data: memoryview) -> None:
         """More bytes of the extent that was begun."""
+        offset = self.passed(data)
+        while data.nbytes:
+            try:
+                count = os.pwrite(self._file, data, offset)
+            except OSError as error:
+                raise _storage_error(
+                    error, f"write {data.nbytes} bytes at {offset} of the checkpoint {self.folder}"
+                ) from error
+            data, offset = data[count:], offset + count
+        if self._offset - self._flushed >= _FLUSH_BYTES:
+            self._flush()
+
+    def passed(self, data: memoryview) -> int:
+        """More bytes of the extent that was begun, which the caller writes to `path`, at the offset returned, and flushes."""
         nbytes, extent, checksum, slot = self._entries[-1]
         checksum = self._checksum.of(np.frombuffer(data, np.uint8).ctypes.data, data.nbytes, checksum)
         self._entries[-1] = (nbytes, extent, checksum, slot)
-        while data.nbytes:
-            try:
-                count = os.write(self._file, data)
-            except OSError as error:
-                raise _storage_error(
-                    error, f"write {data.nbytes} bytes at {self._offset} of the checkpoint {self.folder}"
-                ) from error
-            data, self._offset = data[count:], self._offset + count
-        if self._offset - self._flushed >= _FLUSH_BYTES:
-            self._flush()
+        self._offset += data.nbytes
+        return self._offset - data.nbytes
 
     @property
     def checksum(self) -> int:
@@ -109,6 +120,7 @@ class SavedWriter:
 
     def finish(self, step: int, payload: dict[str, Any]) -> None:
         """All is on the drive and under its name when this returns."""
+        os.ftruncate(self._file, self._offset)
         self._flush()
         files = RecordFiles(self._home, 1)
         files.open()

@@ -8,7 +8,7 @@ import threading
 from fuyou.core.errors import StateError, StoreError
 from fuyou.core.sizes import align_up
 from fuyou.core.ticket import Ticket
-from fuyou.tiers.extents import Extent, Part, Slot, Transfer
+from fuyou.tiers.extents import Extent, Slot, Transfer, slice_of
 from fuyou.tiers.free import FreeRanges
 from fuyou.tiers.shares import UNIT_BYTES
 from fuyou.tiers.store import Store
@@ -112,14 +112,3 @@ class Scratch:
         """Called by Place only."""
         with self._store.lock:  # of the drives' counters
             return self._store.transfer(kind, slot, address, keep)
-
-
-def slice_of(slot: Slot, offset: int, nbytes: int) -> Slot:
-    """The parts of `slot` that hold its bytes from `offset` on, `nbytes` of them."""
-    parts = []
-    for drive, start, size in slot:
-        first, last = max(offset, 0), min(offset + nbytes, size)
-        if first < last:
-            parts.append(Part(drive, start + first, last - first))
-        offset -= size
-    return tuple(parts)
