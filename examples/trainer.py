@@ -4,11 +4,13 @@
     python examples/trainer.py MODEL TEXT OUTPUT         # no drive, and 80 % of the memory that is free
 
 MODEL is a Hugging Face folder or an id on the hub, TEXT a file of plain text, OUTPUT the folder to write the model to.
-The Trainer is given the wrapped model and `run.optimizer`; it accumulates, clips and schedules as ever. Checkpoints of
-its own are off: `run.save_pretrained` writes the model, in a stream that needs no memory for all of it.
+The Trainer is given the wrapped model and `run.optimizer`; it accumulates, clips and schedules as ever. At the end
+`run.save_pretrained` writes the model, in a stream that needs no memory for all of it. With --save-steps N the Trainer saves
+checkpoints of its own, and the same command goes on from the newest after a kill.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--warmup", type=int, default=10, help="steps until the full learning rate")
+    parser.add_argument("--save-steps", type=int, default=0, help="steps between the Trainer's checkpoints; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not arguments.text.is_file():
@@ -52,6 +55,15 @@ def read_rows(path: Path, tokenizer, length: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": tokens[at : at + length], "labels": tokens[at : at + length]} for at in starts]
 
 
+def has_checkpoint(output: Path) -> bool:
+    """Whether there is one to go on from. One that was being saved in a kill goes: the Trainer would take it for the newest."""
+    checkpoints = [*output.glob("checkpoint-*")]
+    for each in checkpoints:
+        if not (each / "trainer_state.json").exists():  # which is written last
+            shutil.rmtree(each)
+    return any(each.exists() for each in checkpoints)
+
+
 def main() -> None:
     arguments = read_arguments()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -60,7 +72,8 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01, fused=True)
     scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup, arguments.steps)
-    with fuyou.wrap(model, optimizer) as run:  # folders and budgets: those of `fuyou launch`
+    # Folders and budgets: those of `fuyou launch`. No step is committed but by the Trainer, which loads its own checkpoints.
+    with fuyou.wrap(model, optimizer, config=fuyou.Config(durability="checkpoint")) as run:
         settings = TrainingArguments(
             output_dir=str(arguments.output),
             max_steps=arguments.steps,
@@ -68,12 +81,15 @@ def main() -> None:
             gradient_accumulation_steps=arguments.accumulation,
             max_grad_norm=1.0,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps" if arguments.save_steps else "no",
+            save_steps=arguments.save_steps or 500,
+            save_total_limit=2,
             report_to=[],
             seed=arguments.seed,
             use_cpu=run.device.type == "cpu",
         )
-        Trainer(model, settings, train_dataset=rows, optimizers=(run.optimizer, scheduler)).train()
+        trainer = Trainer(model, settings, train_dataset=rows, optimizers=(run.optimizer, scheduler))
+        trainer.train(resume_from_checkpoint=has_checkpoint(arguments.output))
         run.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
         print(run.report().table())

@@ -215,6 +215,25 @@ def test_an_example_trains_as_plain_pytorch(name, how, made, plain, nvme, tmp_pa
     assert [key for key in weights if not torch.equal(exported[key], weights[key])] == []
 
 
+@pytest.mark.slow
+def test_the_trainers_example_goes_on_from_its_newest_whole_checkpoint(made, plain, tmp_path, nvme):
+    weights, _ = plain("trainer")
+    out = tmp_path / "out"
+    budgets = ["--nvme", str(nvme), "--ram", "1MiB", "--gpu", "1GiB", "--device", "cpu"]
+    command = [str(EXAMPLES / "trainer.py"), str(made / "model"), str(made / "text.txt"), str(out), "--save-steps", "3"]
+    command += ["--steps", str(STEPS), "--length", str(LENGTH), "--seed", str(SEED), *OPTIONS["trainer"]]
+    for number in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "fuyou", "launch", *budgets, *command],
+            capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(losses_in(done.stdout)) == (STEPS, STEPS - 6)[number]
+        exported = loaded("trainer", made, out)
+        assert [key for key in weights if not torch.equal(exported[key], weights[key])] == []
+        os.unlink(out / f"checkpoint-{STEPS}" / "trainer_state.json")  # as a kill in the last one leaves it
+
+
 def run_here(name: str, monkeypatch, capsys, *arguments: str) -> SimpleNamespace:
     """The script in this process, up to where it gives up."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])

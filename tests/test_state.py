@@ -580,7 +580,7 @@ def test_a_run_goes_on_after_a_read_that_was_refused(nvme):
         def save(self) -> Any:
             self.me, self.half = self, {}
             for name, each in model.named_parameters():
-                self.half[name] = each.detach()
+                self.half[name] = each.data
 
     gc.disable()
     try:

@@ -106,6 +106,11 @@ class Ledger:
         with self._lock:
             return self.budgets[tier] - self._total(tier)
 
+    def most(self, tier: str) -> int:
+        """What could ever be held beside torch's temporaries."""
+        with self._lock:
+            return self.budgets[tier] - max(self._allowance[tier], self._reserve[tier])
+
     def summary(self) -> dict[str, dict]:
         """{tier: {budget_bytes, peak_bytes, reserve_bytes, by_category (at the tier's peak)}}."""
         with self._lock:

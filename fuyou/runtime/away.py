@@ -9,14 +9,15 @@ penalty on weights) saves that copy, so backward sees the values that forward sa
 A copy that somebody still refers to (`p.data`, `p.detach()`, a view, a graph) is a loan, charged to the device, and is
 what every further use of the parameter is given: tied weights share memory in a `state_dict()`, and who holds `p.data`
 sees what others do to it. Changes made to it are written home before the next forward, read or step; after a step it is
-stale, as the README says, and the next use is given another.
+stale, as the README says, and the next use is given another. Of a model that is larger than the device's budget,
+`p.detach()`, and so `state_dict()`, is a loan too, in a file mapped on the host, charged to the drives.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ from fuyou.swap.activations import HookStack
 from fuyou.swap.optimizer_state import StateAccess
 from fuyou.swap.unit import Member, Unit
 from fuyou.swap.weights import Swapper
+from fuyou.tiers.mapped import let_go, mapped_tensor
 
+SMALLEST_MAPPED_BYTES = 64 << 10  # a smaller loan is lent in memory: a file of its own costs more than it holds
 _RAW = frozenset({"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"})
 
 
@@ -43,6 +46,7 @@ class _Loan:
     value: torch.Tensor
     versions: tuple[int, int]
     raw: bool  # handed out in a way that no version counter sees
+    tier: str = "device"  # or "nvme", of one that is mapped
     stale: bool = False  # an update has passed it by
 
     @property
@@ -65,9 +69,11 @@ class _Loan:
 class Away:
     """Binds parameters to their unit's storage and away from it, and answers for them while they are away."""
 
-    def __init__(self, ledger: Ledger, hooks: HookStack) -> None:
+    def __init__(self, ledger: Ledger, hooks: HookStack, folders: Sequence[str]) -> None:
         self._ledger = ledger
+        self._folders = folders  # the user's, for what is mapped
         self._hooks = hooks
+        self._whole_bytes = 0  # of all weights
         self._members: dict[int, Member] = {}  # by id of the parameter, which the member keeps alive
         self._classes: dict[type, type] = {}
         self._loans: list[_Loan] = []  # of a parameter at most one that is not stale
@@ -82,6 +88,7 @@ class Away:
         """The unit's parameters go away; their own memory is freed."""
         for member in unit.members:
             self._members[id(member.parameter)] = member
+            self._whole_bytes += member.entry.count * unit.dtype.itemsize
             self._send(member)
 
     def member_of(self, parameter: torch.Tensor) -> Member | None:
@@ -159,6 +166,10 @@ class Away:
     ) -> Any:
         self.settle()
         loans: list[_Loan] = []
+        if function.__name__ == "detach" and len(members) == 1:
+            loan = self._lend(members[0], may_map=True)
+            if loan.tier == "nvme":  # never the parameter's own data: it may be on another device
+                return loan.value.detach()
         try:
             for member in members:
                 loan = self._lend(member)
@@ -202,12 +213,18 @@ class Away:
         self._swapper.read_member(member, value.view(-1))
         return value
 
-    def _lend(self, member: Member) -> _Loan:
-        """The loan that there is, else one of a copy that is read now."""
+    def _lend(self, member: Member, *, may_map: bool = False) -> _Loan:
+        """The loan that there is, else one of a copy that is read now. `may_map`: in a file, on the host, where the model is
+        larger than the device's budget."""
+        nbytes = member.entry.count * member.unit.dtype.itemsize
         for loan in self._loans:
             if loan.member is member and not loan.stale:
-                return loan
-        nbytes = member.entry.count * member.unit.dtype.itemsize
+                if loan.value.device == member.unit.device or may_map:
+                    return loan
+                self._write_home(loan)
+                loan.stale = True  # whoever has it keeps what it shows now
+        if may_map and self._folders and nbytes >= SMALLEST_MAPPED_BYTES and self._exceeds_the_device:
+            return self._lend_mapped(member, nbytes)
         while not self._ledger.try_charge("device", "weights", nbytes):
             if self._swapper.drop_idle():
                 continue
@@ -223,6 +240,23 @@ class Away:
             raise
         self._loans.append(_Loan(member, value, (0, 0), raw=False))
         return self._loans[-1]
+
+    def _lend_mapped(self, member: Member, nbytes: int) -> _Loan:
+        self._ledger.charge("nvme", "weights", nbytes, f"a copy of {member.name}")
+        with self._ledger.discharged_on_error("nvme", "weights", nbytes):
+            with torch.inference_mode(False):
+                value = mapped_tensor(self._folders, member.entry.shape, member.unit.dtype)
+            self._swapper.read_member(member, value.view(-1))
+            let_go(value)
+        loan = _Loan(member, value, (0, 0), raw=False, tier="nvme")
+        loan.versions = loan.now()
+        self._loans.append(loan)
+        return loan
+
+    @property
+    def _exceeds_the_device(self) -> bool:
+        """All weights at once can never be there."""
+        return self._whole_bytes > self._ledger.most("device")
 
     def _relieve(self) -> bool:
         """The device is short: weights that nobody uses go, then loans that only wait for Python's garbage collector, as the
@@ -240,14 +274,13 @@ class Away:
         return bool(ended)
 
     def _refusal(self, member: Member, nbytes: int, error: BudgetError) -> BudgetError:
-        lent = sum(loan.nbytes for loan in self._loans)
-        whole = sum(each.entry.count * each.unit.dtype.itemsize for each in self._members.values())
+        lent = sum(loan.nbytes for loan in self._loans if loan.tier == "device")
         beside = f" while {format_bytes(lent)} of weights that were read before are still referred to" if lent else ""
         return BudgetError(
             f"Reading {member.name} ({format_bytes(nbytes)}){beside} passes gpu={format_bytes(error.given_bytes)} by "
             f"{format_bytes(error.shortfall_bytes)} ({error.shortfall_bytes} bytes): model.state_dict() and the like need all "
-            f"weights at once ({format_bytes(whole)}). run.save_pretrained(folder) streams them; else let go of what was "
-            f"read before, or give gpu at least {error.needed_bytes} bytes.",
+            f"weights at once ({format_bytes(self._whole_bytes)}). run.save_pretrained(folder) streams them; else let go of "
+            f"what was read before, or give gpu at least {error.needed_bytes} bytes.",
             tier=error.tier, needed_bytes=error.needed_bytes, given_bytes=error.given_bytes,
         )  # fmt: skip
 
@@ -266,7 +299,7 @@ class Away:
             self._swapper.write_member(member, value)
 
     def _discharge(self, loan: _Loan) -> None:
-        self._ledger.discharge("device", "weights", loan.nbytes)
+        self._ledger.discharge(loan.tier, "weights", loan.nbytes)
 
     def _send(self, member: Member) -> None:
         parameter, unit = member.parameter, member.unit

@@ -47,7 +47,7 @@ class Movers:
         self._units = units
         self._tiers = tiers
         self._committing = committing
-        self.away = Away(ledger, hooks)
+        self.away = Away(ledger, hooks, planned.folders)
         self.gradients = Gradients(
             tiers.link, ledger, tiers.writes, drop_idle=lambda: self.swapper.drop_idle(),
             complete=lambda chunk: self.schedule.complete(chunk),
