@@ -29,6 +29,7 @@ from fuyou.doctor.host import host_memory, numa_nodes, processor
 from fuyou.plan.machine import Drive, Machine, load_machine, machine_of, shipped, to_file
 from fuyou.runtime import this_machine
 from fuyou.tiers.folders import mount_of
+from fuyou.tiers.io import measure
 
 GIB, MIB = 2**30, 2**20
 
@@ -305,6 +306,7 @@ def written_bytes() -> int:
 
 def test_the_command_measures_and_the_planner_takes_it(quick, lent, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.delenv("FUYOU_NVME", raising=False)
+    monkeypatch.setattr(measure, "BRIEF_S", 0.2)
     (lent / "a").mkdir()
     (lent / "b").mkdir()
     saved = tmp_path / "machine.json"
