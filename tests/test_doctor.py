@@ -29,6 +29,7 @@ from fuyou.doctor.host import host_memory, numa_nodes, processor
 from fuyou.plan.machine import Drive, Machine, load_machine, machine_of, shipped, to_file
 from fuyou.runtime import this_machine
 from fuyou.tiers.folders import mount_of
+from fuyou.tiers.io import measure
 
 GIB, MIB = 2**30, 2**20
 
@@ -116,8 +117,9 @@ CASES = {
     "descriptors": (with_engine(uring_errno=errno.EMFILE), "io", "descriptor", "ulimit -n"),
     "no extension": (with_engine(extension_loaded=False, uring_errno=None), "io", "without the extension", "C++17"),
     "torch's Adam": (
-        replace(change("adam", problem="It cannot be loaded."), engine=replace(GOOD.engine, extension_loaded=False)),
-        "extension", "through torch", "C++17",
+        replace(
+            change("adam", problem="It cannot be loaded."), engine=replace(GOOD.engine, extension_loaded=False)
+        ), "extension", "through torch", "C++17",
     ),
     "other bits": (change("adam", problem="other bits"), "extension", "I/O only: other bits", "torch"),
     "tmpfs": (with_drive(in_memory=True, mount_kind="tmpfs", read_bytes_per_s=None), "nvme /mnt/a", "RAM", "drive"),
@@ -179,16 +181,13 @@ def test_host_facts_are_the_systems() -> None:
     limit = subprocess.run(["bash", "-c", "ulimit -l"], capture_output=True, text=True, check=True).stdout.strip()
     assert memory.memlock_limit_bytes == (None if limit == "unlimited" else int(limit) * 1024)
     assert (cpu.usable_cpu_count, cpu.machine_cpu_count) == (len(os.sched_getaffinity(0)), os.cpu_count())
-    assert (
-        sum(each.memory_bytes for each in numa_nodes()) == pytest.approx(memory.total_bytes, rel=0.05)
-        or not numa_nodes()
-    )
     if shutil.which("lscpu"):
         told = subprocess.run(
             ["lscpu"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
         ).stdout
         values = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
         assert "Model name" not in values or cpu.model == " ".join(values["Model name"].split())
+        assert "NUMA node(s)" not in values or len(numa_nodes()) == int(values["NUMA node(s)"])
         assert ("avx2" in cpu.flags) == (" avx2" in values.get("Flags", ""))
 
 
@@ -307,6 +306,7 @@ def written_bytes() -> int:
 
 def test_the_command_measures_and_the_planner_takes_it(quick, lent, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.delenv("FUYOU_NVME", raising=False)
+    monkeypatch.setattr(measure, "BRIEF_S", 0.2)
     (lent / "a").mkdir()
     (lent / "b").mkdir()
     saved = tmp_path / "machine.json"
@@ -381,24 +381,9 @@ INSIDE = """
         assert [each["subject"] for each in found["findings"] if each["status"] == "problem"] == [] or status == 1
         return found["facts"], {each["subject"]: each for each in found["findings"]}
 """
-FILTER = """
-    op = lambda code, jt, jf, k: struct.pack("=HBBI", code, jt, jf, k)
-    code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, 425) + op(0x06, 0, 0, 0x00050000 | 1) + op(0x06, 0, 0, 0x7FFF0000)
-    filters = ctypes.create_string_buffer(code)
-    program = ctypes.create_string_buffer(struct.pack("@HP", 4, ctypes.addressof(filters)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
-    facts, found = doctor("--nvme", folder)
-    assert (facts["engine"]["name"], facts["engine"]["seccomp_mode"]) == ("threads", 2), facts["engine"]
-    assert found["io"]["status"] == "warning" and "seccomp filter forbids it (Operation not permitted)" in found["io"]["text"]
-    assert "--security-opt" in found["io"]["cure"] and found["memlock"]["status"] == "ok"
-    assert facts["folders"][0]["engine"] == "threads" and facts["folders"][0]["read_bytes_per_s"] > 0
-    assert os.listdir(folder) == []
-    print("OK")
-"""
 ORDINARY = """
     if os.geteuid() == 0:
-        doctor("--nvme", folder)  # what it needs is imported by now: a Python that is closed to others can still be used
+        doctor()  # what it needs is imported by now: a Python that is closed to others can still be used
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
         os.setgroups([]), os.setgid(65534), os.setuid(65534)
         assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0  # its own /proc is readable again
@@ -413,17 +398,29 @@ ORDINARY = """
     assert found["io"]["status"] == "ok" and "not registered" in found["io"]["text"]
     assert found["nvme " + closed]["status"] == "problem" and "not writable" in found["nvme " + closed]["text"]
     assert facts["folders"][0]["read_bytes_per_s"] > 0 and os.listdir(folder) == []
+"""
+FILTER = """
+    op = lambda code, jt, jf, k: struct.pack("=HBBI", code, jt, jf, k)
+    code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, 425) + op(0x06, 0, 0, 0x00050000 | 1) + op(0x06, 0, 0, 0x7FFF0000)
+    filters = ctypes.create_string_buffer(code)
+    program = ctypes.create_string_buffer(struct.pack("@HP", 4, ctypes.addressof(filters)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+    facts, found = doctor("--nvme", folder)
+    assert (facts["engine"]["name"], facts["engine"]["seccomp_mode"]) == ("threads", 2), facts["engine"]
+    assert found["io"]["status"] == "warning"
+    assert "seccomp filter forbids it (Operation not permitted)" in found["io"]["text"], found["io"]
+    assert "--security-opt" in found["io"]["cure"] and found["memlock"]["status"] == "ok"
+    assert facts["folders"][0]["engine"] == "threads" and facts["folders"][0]["read_bytes_per_s"] > 0
+    assert os.listdir(folder) == []
     print("OK")
 """
 
 
-def test_where_a_filter_forbids_io_uring(lent: Path) -> None:
+def test_an_ordinary_user_with_little_memlock_a_folder_of_somebody_else_and_then_no_io_uring(lent: Path) -> None:
+    """A seccomp filter, as containers have it, takes io_uring away at the end."""
     if not os.path.exists("/proc/sys/kernel/seccomp"):
         pytest.skip("this kernel has no seccomp filters")
-    run_script(dedented(INSIDE, FILTER), str(lent))
-
-
-def test_an_ordinary_user_with_little_memlock_and_a_folder_of_somebody_else(lent: Path, tmp_path: Path) -> None:
     open_or_skip("io_uring").close()
     if os.geteuid() != 0 and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < 8 * MIB:
         pytest.skip("the memlock limit cannot be raised to what the test expects")
@@ -431,7 +428,7 @@ def test_an_ordinary_user_with_little_memlock_and_a_folder_of_somebody_else(lent
     (lent / "open").mkdir()
     (lent / "open").chmod(0o777)
     closed.mkdir(mode=0o555)
-    run_script(dedented(INSIDE, ORDINARY), str(lent / "open"), str(closed))
+    run_script(dedented(INSIDE, ORDINARY, FILTER), str(lent / "open"), str(closed))
 
 
 def dedented(*parts: str) -> str:

@@ -27,7 +27,7 @@ def inputs(tmp_path_factory) -> Path:
 @pytest.fixture
 def job(inputs, tmp_path) -> Path:
     """A job whose nvme folder holds a file of a run's, and whose output folder is filled."""
-    path = write_job(inputs, tmp_path, ram="2MiB", gpu="64MiB", device="cpu", **SETTINGS)
+    path = write_job(inputs, tmp_path, ram="2MiB", gpu="96MiB", device="cpu", **SETTINGS)
     (tmp_path / "nvme" / "fuyou-store").mkdir()
     (tmp_path / "nvme" / "fuyou-store" / "data").write_text("a run's")
     (tmp_path / "out").mkdir()

@@ -6,7 +6,7 @@ import json
 import platform
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,12 @@ def examine(folders: Sequence[str]) -> tuple[Facts, Machine]:
     engine = io_engine()
     looked_at = look_at_folders(folders)
     machine = measure_rates(precision, device, [_drive(each) for each in looked_at if _measured(each)])
+    cpu = processor()
+    what = torch.cuda.get_device_name(device) if cuda else f"{cpu.model}, no GPU"
+    machine = replace(machine, description=f"{what}; rates in {precision}")
     rates = (machine.host_to_device_bytes_per_s, machine.device_to_host_bytes_per_s)
     facts = Facts(
-        processor=processor(),
+        processor=cpu,
         memory=memory,
         engine=engine,
         adam=adam(precision, machine.dram_bytes_per_s, ADAM_BYTES[precision]),

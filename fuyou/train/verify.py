@@ -88,6 +88,8 @@ def compare(config: TrainConfig, steps: int, layers: int | None = None) -> Verif
     job = _Job(config, rows, steps, device, *_scale(config, device, layers))
     plain = _plain_side(job)
     trim_heap()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what plain PyTorch's allocator kept is free for fuyou's
     losses, differences = _fuyou_side(job, plain)
     promised = device.type == "cpu" and config.micro_batch is None and _has_avx2()
     found = verdict(differences, losses == plain.losses, promised)

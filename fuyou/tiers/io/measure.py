@@ -28,6 +28,7 @@ PROBE_S = 0.2
 BRIEF_S = 1.0  # of reads, and of reads and writes together, in a brief measurement
 BRIEF_MIXED_BYTES = 768 * MIB  # of which half are written: with the scratch files less than a GiB
 FIRST_BYTES = 4 * MIB  # written to learn how slow a drive is
+SLOWEST_BYTES_PER_S = 6e6  # below this a measurement takes longer than anybody waits
 ROUNDS = 2  # each candidate's turns are apart in time: a slow moment of the machine does not hit one alone
 GOOD_SHARE = 0.95  # of the best: within this, what costs less CPU and less memory in flight wins
 
@@ -109,10 +110,14 @@ def measure_briefly(engine: Engine, folder: str, address: int, nbytes: int, room
 
     Writes less than 1 GiB, and on a slow drive what it takes in two seconds, to scratch files without a name of at most
     `room_bytes`, from [address, address + nbytes), whose content is lost. StorageIOError where the drive fails or has no
-    room for 64 MiB, DeadlineError where it does not answer.
+    room for 64 MiB, or writes less than 6 MB/s, DeadlineError where it does not answer.
     """
     with _scratch(folder, OPERATION_BYTES) as path:
         first = _in_file(engine, path, "write", address, FIRST_BYTES, 0.0, FIRST_BYTES, FIRST_BYTES)
+    if first < SLOWEST_BYTES_PER_S:
+        raise StorageIOError(
+            errno.ETIMEDOUT, f"the drive of {folder} takes {first / 1e6:.2g} MB/s, too little to measure"
+        )
     in_a_second = max(OPERATION_BYTES, int(first) // OPERATION_BYTES * OPERATION_BYTES)
     scratch_bytes = min(max(2 * in_a_second, LEAST_MEMORY_BYTES), SCRATCH_BYTES)
     scratch_bytes = min(scratch_bytes, max(room_bytes, LEAST_MEMORY_BYTES) // OPERATION_BYTES * OPERATION_BYTES)
