@@ -18,7 +18,6 @@ _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort i
 _NOT_BUILT = {
     "doctor": "`fuyou train CONFIG.yaml --dry-run` refuses what cannot work here",
     "verify": "an exported model is checked by loading it",
-    "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
 }
 
 
@@ -265,6 +264,21 @@ def plan(
         nvme or (), precision, system,
     )  # fmt: skip
     context.obj.status = run_plan(arguments, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a run, or of one that failed.")],
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="Another run's folder: its figures beside this one's.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a run held, moved and waited for, and write its page (report.html) and trace (trace.json) beside it."""
+    from fuyou.train.report_job import report_run
+
+    report_run(run, compare, open_)
 
 
 def _refuse_not_built(context: typer.Context) -> None:
