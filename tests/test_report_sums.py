@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 JOB = Path(__file__).with_name("sums_job.py")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="fuyou-test-", dir="/var/tmp") as folder:
         done = subprocess.run([sys.executable, str(JOB), folder], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr

@@ -120,11 +120,16 @@ def _account(tiers: Tiers, movers: Movers, seconds: float) -> dict[str, Any]:
         speeds["host_to_device"] or LINK_BYTES_PER_S,
     )
     prediction = movers.deciding.account(blocks, seconds, backward_count(tiers.recorder), rates)
-    return {
-        "bound_by": prediction.bound_by,
-        "busy_seconds": dict(prediction.busy_s),
+    moved = {
         "nvme_read_bytes_per_step": prediction.nvme_read_bytes,
         "nvme_write_bytes_per_step": prediction.nvme_write_bytes,
+    }
+    if tiers.link.is_cuda:  # blocks' seconds are those of queueing them: nothing follows from these but what is moved
+        return {**moved, "bound_by": None, "busy_seconds": {}, "words": "", "advice": []}
+    return {
+        **moved,
+        "bound_by": prediction.bound_by,
+        "busy_seconds": dict(prediction.busy_s),
         "words": explain(prediction),
         "advice": [{"change": each.change, "times_as_fast": each.gain} for each in remedies(prediction)],
     }

@@ -42,7 +42,7 @@ class Report:
         | update_seconds | of the threads beside training: commit, nvme_write, nvme_read (waits), adam |
         | prefetch | times that weights were wanted: hit, late, miss |
         | plan | of activations: name, settled, predicted_seconds_per_step, predicted_peak_bytes, words, blocks, considered, tried |
-        | model | the cost model held to that step: bound_by, busy_seconds, nvme_{read,write}_bytes_per_step, words, advice [{change, times_as_fast}]. Empty before the first step |
+        | model | the cost model held to that step: bound_by (null on CUDA, and then no advice: `plan` has it), busy_seconds, nvme_{read,write}_bytes_per_step, words, advice [{change, times_as_fast}]. Empty before the first step |
         | speeds.{lane} | achieved_bytes_per_s while it moved any, measured_bytes_per_s alone; null where not known |
         | parameters | count, trained, nvme_bytes_per_parameter and ideal_nvme_bytes_per_parameter a step |
         | wear | written_bytes_per_step, written_bytes_per_day, days_for_600_tb_per_drive (or null) |

@@ -65,7 +65,9 @@ def advice_lines(content: Mapping[str, Any]) -> list[str]:
         f"With {each['change']}, a step would take {1 - 1 / each['times_as_fast']:.0%} less time for the same rows."
         for each in content["model"].get("advice", [])
     ]
-    return lines or (["No change of the machine that was tried would make it 3 % faster."] if content["model"] else [])
+    if not lines and content["model"].get("bound_by"):
+        return ["No change of the machine that was tried would make it 3 % faster."]
+    return lines
 
 
 def wear_line(content: Mapping[str, Any]) -> str:
