@@ -29,7 +29,12 @@ def trace_events(content: Mapping[str, Any]) -> dict[str, Any]:
     """{"traceEvents": […], "displayTimeUnit": "ms", "otherData": {…}} of the report's step; no events where there is none."""
     step = content["step"]
     events: list[dict[str, Any]] = [_metadata("process_name", 0, "fuyou")]
-    rows = {lane: _rows(its) for lane, its in _lanes(step).items()}
+    lanes = _lanes(step)
+    first = min(
+        (each[0] for its in lanes.values() for each in its), default=0.0
+    )  # what began before the step: no time is < 0
+    start = min(first, 0.0)
+    rows = {lane: _rows(its) for lane, its in lanes.items()}
     tid = 0
     for lane, title in LANES.items():
         for row, spans in enumerate(rows.get(lane) or [[]]):
@@ -38,17 +43,24 @@ def trace_events(content: Mapping[str, Any]) -> dict[str, Any]:
             events.append(_metadata("thread_sort_index", tid, tid))
             for began, ended, name, nbytes in spans:
                 events.append({
-                    "name": name, "cat": lane, "ph": "X", "pid": PID, "tid": tid, "ts": _us(began), "dur": _us(ended - began),
+                    "name": name, "cat": lane, "ph": "X", "pid": PID, "tid": tid, "ts": _us(began - start), "dur": _us(ended - began),
                     "args": {"bytes": nbytes} if nbytes else {},
                 })  # fmt: skip
     for tier, series in step.get("memory", {}).items():
         for at, held in series:
             events.append(
-                {"name": f"{tier} memory", "ph": "C", "pid": PID, "tid": 0, "ts": _us(at), "args": dict(held)}
+                {"name": f"{tier} memory", "ph": "C", "pid": PID, "tid": 0, "ts": _us(at - start), "args": dict(held)}
             )
     for at, nbytes in step.get("resident", []):
         events.append(
-            {"name": "resident memory", "ph": "C", "pid": PID, "tid": 0, "ts": _us(at), "args": {"bytes": nbytes}}
+            {
+                "name": "resident memory",
+                "ph": "C",
+                "pid": PID,
+                "tid": 0,
+                "ts": _us(at - start),
+                "args": {"bytes": nbytes},
+            }
         )
     other = {"step": step.get("number", 0), "device": content["device"], "lane_times": content["lane_times"]}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
