@@ -42,10 +42,9 @@ def trace_events(content: Mapping[str, Any]) -> dict[str, Any]:
             events.append(_metadata("thread_name", tid, title if row == 0 else f"{title} {row + 1}"))
             events.append(_metadata("thread_sort_index", tid, tid))
             for began, ended, name, nbytes in spans:
-                events.append({
-                    "name": name, "cat": lane, "ph": "X", "pid": PID, "tid": tid, "ts": _us(began - start), "dur": _us(ended - began),
-                    "args": {"bytes": nbytes} if nbytes else {},
-                })  # fmt: skip
+                event = {"name": name, "cat": lane, "ph": "X", "pid": PID, "tid": tid}
+                times = {"ts": _us(began - start), "dur": _us(ended - began)}
+                events.append({**event, **times, "args": {"bytes": nbytes} if nbytes else {}})
     for tier, series in step.get("memory", {}).items():
         for at, held in series:
             events.append(
