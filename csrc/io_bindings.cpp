@@ -66,6 +66,14 @@ class IoOperation {
         return wait_in_slices(timeout_s, [&](auto deadline) { return op_->wait(deadline); });
     }
 
+    // Of one that is done: when its first piece went to the backend, and when its last one came back, on Python's
+    // time.perf_counter(), which is this clock on Linux.
+    std::pair<double, double> times() const {
+        if (!op_->done()) throw IoStateError{"an operation that has not ended has no times"};
+        const auto seconds = [](auto point) { return std::chrono::duration<double>(point.time_since_epoch()).count(); };
+        return {seconds(op_->began), seconds(op_->ended)};
+    }
+
   private:
     std::shared_ptr<Op> op_;
     pid_t owner_;
@@ -251,6 +259,7 @@ void bind_io(py::module_& module) {
     py::class_<IoOperation>(module, "IoOperation")
         .def_property_readonly("id", &IoOperation::id)
         .def("done", &IoOperation::done)
+        .def("times", &IoOperation::times)
         .def("wait", &IoOperation::wait, py::arg("timeout_s") = 300.0);
 
     py::class_<IoEngine>(module, "IoEngine")

@@ -62,6 +62,7 @@ bool Op::wait(std::chrono::steady_clock::time_point deadline) {
 
 void Op::announce() {
     std::lock_guard<std::mutex> lock(mutex_);
+    ended = std::chrono::steady_clock::now();
     done_.store(true, std::memory_order_release);  // under the lock: a waiter looks, then sleeps, under it too
     announced_.notify_all();
 }
@@ -161,6 +162,7 @@ bool IoQueue::take(Piece& piece) {
     std::deque<Op*>& line = next_line();
     if (line.empty()) return false;
     Op& op = *line.front();
+    if (op.carved_bytes == 0) op.began = Clock::now();
     piece = Piece{};
     piece.op = &op;
     piece.offset = op.offset + op.carved_bytes;

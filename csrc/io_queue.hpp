@@ -74,6 +74,8 @@ class Op {
     std::vector<Op*> successors;
     bool failed = false;  // this and `failure` no longer change once it is announced
     Failure failure;
+    std::chrono::steady_clock::time_point began;  // its first piece was handed out
+    std::chrono::steady_clock::time_point ended;  // no longer changes once it is announced
 
   private:
     std::atomic<bool> done_{false};

@@ -16,6 +16,8 @@ class IoOperation:
     def done(self) -> bool: ...
     def wait(self, timeout_s: float = 300.0) -> bool:
         """False when it has not ended in time; raises IoError where it failed."""
+    def times(self) -> tuple[float, float]:
+        """Of one that is done: when its first piece went to the backend and its last one came back, on perf_counter's clock."""
 
 class IoEngine:
     """Asynchronous reads and writes, those of overlapping ranges in the order of submission.

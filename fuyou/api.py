@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from fuyou.core.errors import ConfigError, DeadlineError, StateError
 from fuyou.core.forked import refuse_forked
 from fuyou.core.sizes import format_bytes, parse_bytes
 from fuyou.report import Report
+from fuyou.report.gather import gather
+from fuyou.report.post_mortem import PostMortem
+from fuyou.report.steps import busiest, timed_resources
 from fuyou.runtime import recovery
 from fuyou.runtime.build import Homes
 from fuyou.runtime.committing import committing_of
@@ -31,7 +35,7 @@ from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handing_back import HandingBack
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
-from fuyou.runtime.measure import free_host_bytes, peak_rss_bytes, rss_bytes
+from fuyou.runtime.measure import free_host_bytes, rss_bytes
 from fuyou.runtime.movers import Movers
 from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.planned import Planned, plan_run
@@ -98,6 +102,7 @@ class Run:
     optimizer: Optimizer
     device: torch.device
     origin: str | os.PathLike[str] | None = None  # the folder that the weights came from, where they came from one
+    post_mortem: PostMortem  # its `folder`, the first nvme folder or the working directory, may be changed
 
     def __init__(
         self,
@@ -164,8 +169,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._in_order = kind is None
+        if error is not None and self._open:
+            self.post_mortem.notice(error, "training")
         self.close()
 
     def settle(self) -> None:
@@ -191,27 +198,22 @@ class Run:
 
     def report(self) -> Report:
         """What the run holds, held at its peak, moves and waits for: see `fuyou.Report`."""
-        steps, engine = list(self._movers.clock.steps), self._tiers.engine
-        warm = steps[1:] or steps  # the first step also finds its way
-        names = ("nvme_read_bytes", "nvme_write_bytes", "host_to_device_bytes", "device_to_host_bytes")
-        traffic = {
-            f"{name}_per_step": round(sum(each["traffic"][name] for each in warm) / len(warm)) if warm else 0
-            for name in names
+        return Report(self._told())
+
+    def status(self) -> dict[str, Any]:
+        """{busiest: the resource that was busy for most of the last step ("" before the first), busy: its share, full: {tier:
+        share of its budget that is held now}}. Cheaper than a report: for a progress bar."""
+        resource, share = busiest(self._tiers.recorder, timed_resources(self.device.type))
+        memory = self._ledger.summary()
+        full = {
+            tier: (sum(each["held_by_category"].values()) + each["reserve_bytes"]) / each["budget_bytes"]
+            for tier, each in memory.items()
+            if each["budget_bytes"]
         }
-        return Report({
-            "tiers": self._ledger.summary(),
-            "process": {"baseline_rss_bytes": self._baseline_rss_bytes, "peak_rss_bytes": peak_rss_bytes()},
-            "traffic": traffic,
-            "steps": steps,
-            "step_count": self._movers.clock.count,
-            "updates": dict(self._updates.counts),
-            "update_seconds": dict(self._updates.seconds),
-            "plan": self._schedule.plan_summary(),
-            "device": str(self.device),
-            "drives": self._tiers.store.summary() if self._tiers.store is not None else [],
-            "engine": {"io": engine.name if engine is not None else "none", "adam": self._tiers.kernels.name},
-            "notes": list(self._tiers.notes),
-        })  # fmt: skip
+        return {"busiest": resource, "busy": share, "full": full}
+
+    def _told(self) -> dict[str, Any]:
+        return gather(self._tiers, self._movers, self._units, self._baseline, self.device)
 
     def save_pretrained(
         self,
@@ -412,8 +414,11 @@ class Run:
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True
+        self.post_mortem = PostMortem(Path(self._folders[0] if self._folders else os.curdir), self._told)
+        self._tiers.link.failed = self.post_mortem.notice
         movers.gauge.start()
-        self._baseline_rss_bytes = rss_bytes()
+        held, committed = self._ledger.held("device"), self._tiers.committed_bytes
+        self._baseline = {"rss": rss_bytes(), "device": held, "committed": committed}
 
     # Closing ----------------------------------------------------------------------------------------------------------
 

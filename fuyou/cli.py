@@ -12,12 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fuyou.core.errors import ConfigError, FuyouError
+from fuyou.core.errors import FuyouError
 
 _INTERRUPTED = 130  # typer makes this status of Ctrl-C by itself, or an Abort in older versions
-_NOT_BUILT = {
-    "report": "`fuyou train` prints its report, and writes it to report.json in the run's folder",
-}
 
 
 @dataclass
@@ -328,14 +325,19 @@ def verify(
     context.obj.status = run_verify(settings, steps, layers, as_json)
 
 
-def _refuse_not_built(context: typer.Context) -> None:
-    name = context.info_name or ""
-    raise ConfigError(f"`fuyou {name}` is not built yet: {_NOT_BUILT[name]}.")
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output folder of a run, or of one that failed.")],
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="Another run's folder: its figures beside this one's.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a run held, moved and waited for, and write its page (report.html) and trace (trace.json) beside it."""
+    from fuyou.train.report_job import report_run
 
-
-for _name in _NOT_BUILT:
-    app.command(_name, hidden=True, add_help_option=False,
-                context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(_refuse_not_built)  # fmt: skip
+    report_run(run, compare, open_)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

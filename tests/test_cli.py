@@ -56,7 +56,7 @@ def refused(capsys, *arguments: str) -> str:
         (["verify", "--model", "m"], "--model needs --data"),
         (["verify", "missing.yaml"], "missing.yaml is not a file"),
         (["verify", "c.yaml", "--set", "nvme=missing"], "missing does not exist"),
-        (["report", "out"], "`fuyou report` is not built yet"),
+        (["report", "out"], "out holds no report.json"),
         (["doctor", "--nvme", "nvme", "--nvme", "nvme"], "given twice"),
         (["exprot"], "No such command 'exprot'"),
         (["init", "c.yaml"], "c.yaml exists: give another path, or --force"),

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from fuyou.core.errors import BudgetError, StateError
+from fuyou.core.recorder import Recorder
 from fuyou.core.sizes import format_bytes
 
 TIERS = ("device", "host", "nvme")
@@ -22,7 +23,10 @@ class Ledger:
     activations and temporaries together: they count against the budget with at least that much.
     """
 
-    def __init__(self, budgets: Mapping[str, int], allowance: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, budgets: Mapping[str, int], allowance: Mapping[str, int] | None = None, recorder: Recorder | None = None
+    ) -> None:
+        self._recorder = recorder or Recorder(1)
         self.budgets = {tier: budgets[tier] for tier in TIERS}
         self._allowance = {tier: (allowance or {}).get(tier, 0) for tier in TIERS}
         self._lock = threading.RLock()  # a collection inside a charge may free what discharges here
@@ -66,6 +70,7 @@ class Ledger:
                     f"give back {nbytes}: something was released twice."
                 )
             self._held[tier][category] -= nbytes
+            self._recorder.change(tier, category, -nbytes, self._held[tier][category])
 
     @contextlib.contextmanager
     def discharged_on_error(self, tier: str, category: str, nbytes: int) -> Iterator[None]:
@@ -112,7 +117,7 @@ class Ledger:
             return self.budgets[tier] - max(self._allowance[tier], self._reserve[tier])
 
     def summary(self) -> dict[str, dict]:
-        """{tier: {budget_bytes, peak_bytes, reserve_bytes, by_category (at the tier's peak)}}."""
+        """{tier: {budget_bytes, peak_bytes, reserve_bytes, by_category (at the tier's peak), held_by_category (now)}}."""
         with self._lock:
             return {
                 tier: {
@@ -120,6 +125,7 @@ class Ledger:
                     "peak_bytes": self._peak[tier],
                     "reserve_bytes": self._reserve[tier],
                     "by_category": dict(self._at_peak[tier]),
+                    "held_by_category": dict(self._held[tier]),
                 }
                 for tier in TIERS
             }
@@ -140,6 +146,7 @@ class Ledger:
 
     def _book(self, tier: str, category: str, nbytes: int) -> None:
         self._held[tier][category] += nbytes
+        self._recorder.change(tier, category, nbytes, self._held[tier][category])
         self._note_peak(tier)
 
     def _note_peak(self, tier: str) -> None:

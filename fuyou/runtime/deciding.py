@@ -14,7 +14,7 @@ from fuyou.core.ledger import Ledger
 from fuyou.core.sizes import align_up
 from fuyou.plan.activations import Room, fixed_activations
 from fuyou.plan.candidates import Candidate, Measured, Operation, candidates, numbers_of
-from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, Choice, Prediction, Traffic, predict
 from fuyou.plan.explain import explain
 from fuyou.plan.machine import Drive, Machine
 from fuyou.plan.phases import Update
@@ -80,6 +80,27 @@ class Deciding:
             machine, measured = quicker(machine, share), [quicker_block(each, share) for each in measured]
         found = candidates(machine, measured, choice, self._room(measured, rates), traffic)
         return [_plan_of(each, measured, self._peaks(each.prediction, watched.prediction, step)) for each in found]
+
+    def account(
+        self, blocks: Mapping[int, tuple[float, float]], seconds: float, backwards: int, rates: Rates
+    ) -> Prediction:
+        """What the cost model says of steps as they were: `blocks` gives, by index, a block's seconds of compute in all
+        forwards and in all backwards of a step, recomputation with them. Held to the step's `seconds` as `decide` is."""
+        numbers = [
+            numbers_of(self._measured(index, BlockProfile(*each), backwards)) for index, each in sorted(blocks.items())
+        ]
+        numbers = [replace(each, items=()) for each in numbers]
+        machine, choice, traffic = self._machine(rates), self._choice(backwards), self._traffic()
+        first = predict(machine, numbers, choice, traffic)
+        if seconds >= first.seconds_per_step:
+            machine = replace(machine, tail_s=seconds - first.seconds_per_step)
+        else:
+            share = seconds / first.seconds_per_step
+            machine = quicker(machine, share)
+            numbers = [
+                replace(each, forward_s=share * each.forward_s, backward_s=share * each.backward_s) for each in numbers
+            ]
+        return predict(machine, numbers, choice, traffic)
 
     def prepare(self, plan: ActivationPlan) -> None:
         """Called before a plan is followed: where it has use for host memory, that is taken now."""

@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Installation:
         if not any(block.module is model.module for block in schedule.blocks):
             calls.append((model, schedule.model_forward))
         for block, run in calls:
-            self._put_forward(block, run, guard)
+            self._put_forward(block, run, guard, schedule.told)
         self._schedule = schedule
         for unit in units:
             if unit.trainable:
@@ -77,8 +78,13 @@ class Installation:
         if member.watched:
             return
         schedule, parameter = self._schedule, member.parameter
+
+        def accumulated(_: torch.Tensor) -> None:
+            with schedule.told(f"the gradient of {member.name}"):
+                schedule.after_accumulate(member)
+
         before = parameter.register_hook(lambda gradient: schedule.before_accumulate(member))
-        after = parameter.register_post_accumulate_grad_hook(lambda parameter: schedule.after_accumulate(member))
+        after = parameter.register_post_accumulate_grad_hook(accumulated)
         self._undo += [before.remove, after.remove]
         member.watched = True
 
@@ -88,7 +94,11 @@ class Installation:
             self._undo.pop()()
 
     def _put_forward(
-        self, block: BlockCalls, run: Callable[[BlockCalls, tuple, dict], Any], guard: Callable[[], None]
+        self,
+        block: BlockCalls,
+        run: Callable[[BlockCalls, tuple, dict], Any],
+        guard: Callable[[], None],
+        told: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         removed: list[bool] = []
 
@@ -97,7 +107,8 @@ class Installation:
             if removed:  # somebody (Accelerate, TRL) has put a forward of their own over this one: it goes on working
                 return block.forward(*args, **kwargs)
             guard()
-            return run(block, args, kwargs)
+            with told(f"the forward of {block.name}"):
+                return run(block, args, kwargs)
 
         # A bound method with the signature of the original and nothing to unwrap: transformers reads the signature,
         # Accelerate takes a forward apart by `__wrapped__` and binds what it finds to the model.

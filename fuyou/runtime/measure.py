@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-from fuyou.core.ledger import Ledger
+from fuyou.core.ledger import TIERS, Ledger
+from fuyou.core.recorder import Recorder
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 KEPT_STEPS = 1000
@@ -66,7 +67,8 @@ class StepClock:
     itself; with update="step" all of the update). The rest of a step is forward, backward and the user's own code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self.steps: deque[dict] = deque(maxlen=KEPT_STEPS)
         self.count = 0
         self._stalls: dict[str, float] = {}
@@ -87,7 +89,9 @@ class StepClock:
             yield
         finally:
             self._stalling = False
-            self._stalls[cause] = self._stalls.get(cause, 0.0) + time.perf_counter() - began
+            ended = time.perf_counter()
+            self._stalls[cause] = self._stalls.get(cause, 0.0) + ended - began
+            self._recorder.span("stall", began, ended, cause)
 
     def begin(self) -> None:
         """The first forward of a step; later ones of the same step change nothing."""
@@ -97,10 +101,12 @@ class StepClock:
     def end(self, traffic: dict[str, int], record: dict[str, Any]) -> None:
         """A step is over; `traffic` is what was moved since the last one ended. `record` is kept: what else is said of the
         step may be put into it later."""
-        if self._started is not None:
-            record |= {"seconds": time.perf_counter() - self._started, "stalls": self._stalls, "traffic": traffic}
-            self.steps.append(record)
         self.count += 1
+        if self._started is not None:
+            now = time.perf_counter()
+            record |= {"seconds": now - self._started, "stalls": self._stalls, "traffic": traffic}
+            self.steps.append(record)
+            self._recorder.step(self.count, self._started, now)
         self._stalls, self._started = {}, None
 
 
@@ -121,8 +127,14 @@ class TemporariesGauge:
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
     INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
-    def __init__(self, ledger: Ledger, *, active: bool, committed: Callable[[], int]) -> None:
+    LOOK_S = 0.02  # how often resident memory is noted for the report, at most
+
+    def __init__(
+        self, ledger: Ledger, *, active: bool, committed: Callable[[], int], recorder: Recorder | None = None
+    ) -> None:
         """`committed()`: bytes of host memory that the run has taken by now, some of it perhaps after `start`."""
+        self._recorder = recorder or Recorder(1)
+        self._next_look_s = 0.0
         self._ledger = ledger
         self._committed = committed
         self._active = active
@@ -139,6 +151,7 @@ class TemporariesGauge:
 
     def sample(self, leaving_bytes: int = 0) -> None:
         """`leaving_bytes`: what the caller knows of that is about to be charged."""
+        self._look()
         if not self._active or (self._steps >= self.REFUSING_STEPS and time.monotonic() < self._next_s):
             return
         self._next_s = time.monotonic() + self.INTERVAL_S
@@ -159,6 +172,16 @@ class TemporariesGauge:
 
     def end_step(self) -> None:
         self._steps += 1
+
+    def _look(self) -> None:
+        """Note resident memory, and at its highest what is held."""
+        now = time.monotonic()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + self.LOOK_S
+        if self._recorder.resident(rss_bytes()):
+            held = {tier: self._ledger.held(tier) for tier in TIERS}
+            self._recorder.held_then = held | {"committed": self._committed()}
 
 
 def trim_heap() -> None:

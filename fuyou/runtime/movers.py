@@ -56,7 +56,7 @@ class Movers:
             tiers.kernels, tiers.buffers(plan.update_buffer_bytes, plan.staging.updates),
             handover=self.gradients.handover, commit=committing.commit if tiers.durable else None,
             complete=committing.complete, at_step=config.update == "step", deadline_s=tiers.deadline_s,
-            in_flight=tiers.in_flight, races=tiers.races,
+            in_flight=tiers.in_flight, races=tiers.races, recorder=tiers.recorder,
         )  # fmt: skip
         self.gradients.start(self.updates)
         inbound = plan.staging.inbound
@@ -70,7 +70,7 @@ class Movers:
         )  # fmt: skip
         self.access = StateAccess(tiers.kernels, tiers.writes, self.updates)
         self.away.start(self.swapper, self.access)
-        self.clock = StepClock()
+        self.clock = StepClock(tiers.recorder)
         book, memory = TensorBook(ledger, tiers.link.device), plan.activations
         self.stash = Stash(
             tiers.link, ledger, book, piece_bytes=memory.piece_bytes, pool=tiers.pool,
@@ -78,7 +78,9 @@ class Movers:
             buffers=tiers.buffers(memory.piece_bytes, memory.buffers) if memory.buffers else None,
             stall=lambda: self.clock.stall("activations"), in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
-        self.gauge = TemporariesGauge(ledger, active=not tiers.link.is_cuda, committed=lambda: tiers.committed_bytes)
+        self.gauge = TemporariesGauge(
+            ledger, active=not tiers.link.is_cuda, committed=lambda: tiers.committed_bytes, recorder=tiers.recorder
+        )
         self.model_calls = BlockCalls(None, "the model", model, [unit for unit in units if not unit.owners])
         calls = [
             BlockCalls(index, each.name or "the model", each.module, [unit for unit in units if index in unit.owners])
@@ -89,7 +91,7 @@ class Movers:
             units=list(units), swapper=self.swapper, gradients=self.gradients, updates=self.updates, away=self.away, book=book,
             stash=self.stash, hooks=hooks, clock=self.clock, gauge=self.gauge, device=tiers.link,
             placing=self._placing(planned, config), update=config.update,
-            micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic,
+            micro_batches=MicroBatches(config.micro_batch, calls, tiers.notes), traffic=tiers.traffic, recorder=tiers.recorder,
         )  # fmt: skip
         committing.attach(self.updates)
         if tiers.durable:
@@ -97,15 +99,15 @@ class Movers:
 
     def _placing(self, planned: Planned, config: Config) -> Placing:
         """Who says where activations go."""
-        if config.activations != "auto":
-            return Fixed(config.activations, PLACEMENTS[config.activations])
         tiers = self._tiers
-        deciding = Deciding(
+        self.deciding = Deciding(
             plan=planned.plan, numbers=planned.numbers, tiers=tiers, ledger=tiers.ledger, stash=self.stash,
             updates=self.updates, config=config, folder=planned.folders[0] if planned.folders else None,
         )  # fmt: skip
+        if config.activations != "auto":
+            return Fixed(config.activations, PLACEMENTS[config.activations])
         return Auto(
-            deciding,
+            self.deciding,
             lambda: Profiler(tiers.link.device, self.clock.stalled_s, lambda: tiers.ledger.most_held("device")),
         )
 

@@ -93,7 +93,7 @@ class Optimizer(torch.optim.Optimizer):
             member: MemberUpdate(hyper, member.step + 1, tuple(value for value in map(values, scales) if value != 1.0))
             for member, (hyper, scales) in found.items()
         }
-        with phase("fuyou::step"):
+        with phase("fuyou::step"), self._schedule.told("step()"):
             self._schedule.step(updates)
         return loss
 

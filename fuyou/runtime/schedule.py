@@ -15,9 +15,11 @@ never, or out of turn is right, only slower.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from fuyou.core.errors import StateError
 from fuyou.core.phase import phase
+from fuyou.core.recorder import Recorder
 from fuyou.plan.planner import SLOT_BLOCKS
 from fuyou.runtime.away import Away
 from fuyou.runtime.foresight import Foresight
@@ -89,7 +92,10 @@ class Schedule:
         update: str,
         micro_batches: MicroBatches,
         traffic: Callable[[], dict[str, int]],
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
+        self._backward_began = 0.0  # of `_current`
         self.blocks = blocks
         self._units = units
         self._swapper = swapper
@@ -127,6 +133,15 @@ class Schedule:
         self._aside: dict[Member, GradientHandle] = {}  # `p.grad` of before, while autograd sums the new one
         self._handles: dict[Member, weakref.ref[GradientHandle]] = {}
 
+    @contextlib.contextmanager
+    def told(self, during: str) -> Iterator[None]:
+        """Errors are told to whoever writes post-mortems before they go on."""
+        try:
+            yield
+        except BaseException as error:
+            self._device.failed(error, during)
+            raise
+
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def model_forward(self, model: BlockCalls, args: tuple, kwargs: dict) -> Any:
@@ -157,7 +172,9 @@ class Schedule:
 
         try:
             self._prefetch("forward", block)
-            with self._device.within_budget(block.name), phase(f"fuyou::forward {block.name}"):
+            name = f"forward {block.name}"
+            lane = "model" if block.index is None else "compute"
+            with self._device.within_budget(block.name), phase(f"fuyou::{name}"), self._recorder.timed(lane, name):
                 result = self._micro_batches.run(block, args, kwargs, run)
             result = self._without_weight_views(result)
             if Autocast().enabled:  # its cache would keep casts of weights that are released now
@@ -210,11 +227,12 @@ class Schedule:
 
     def _announced(self, frame: Frame) -> None:
         block = self._frames[frame]
-        frame.fetch()
-        # A leaf module that saved nothing to run again for (an embedding) needs no weights in backward. One with
-        # children may hold the user's own checkpoint, which saves out of our sight.
-        if frame.needs_weights or block.has_children:
-            self.backward_of(frame)
+        with self.told(f"the backward of {block.name}"):
+            frame.fetch()
+            # A leaf module that saved nothing to run again for (an embedding) needs no weights in backward. One with
+            # children may hold the user's own checkpoint, which saves out of our sight.
+            if frame.needs_weights or block.has_children:
+                self.backward_of(frame)
 
     def backward_of(self, frame: Frame) -> None:
         block = self._frames[frame]
@@ -230,6 +248,7 @@ class Schedule:
             self._leave_current()
             self._get(block)
             self._current = block
+            self._backward_began = time.perf_counter()
             self._entered.add(frame)
             self._placing.begin_backward(block.index)
             self._prefetch("backward", block)
@@ -307,6 +326,8 @@ class Schedule:
 
     def _leave_current(self) -> None:
         current, self._current = self._current, None
+        if current is not None:
+            self._recorder.span("compute", self._backward_began, time.perf_counter(), f"backward {current.name}")
         for frame in list(self._entered):
             frame.leave()
         self._entered.clear()

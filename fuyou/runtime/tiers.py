@@ -12,6 +12,7 @@ from fuyou.core.config import Config
 from fuyou.core.errors import BudgetError, DeadlineError
 from fuyou.core.ledger import Ledger
 from fuyou.core.races import Races
+from fuyou.core.recorder import Recorder
 from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
 from fuyou.runtime.measure import trim_heap
@@ -49,6 +50,7 @@ class Tiers:
         adopt: Record | None = None,
     ) -> None:
         self.notes: list[str] = []
+        self.recorder = Recorder()
         self.races = None if config.debug_races is None else Races(config.debug_races)
         if self.races is not None:
             self.note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
@@ -58,7 +60,9 @@ class Tiers:
         self.durable = plan.through
         self.state_slots = plan.state_slots
         self.ledger = Ledger(
-            {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit}, allowance={"device": plan.working_bytes}
+            {"device": gpu_bytes, "host": ram_bytes, "nvme": nvme_limit},
+            allowance={"device": plan.working_bytes},
+            recorder=self.recorder,
         )
         self.kernels = load_kernels(threads=config.adam_threads)
         if self.kernels.name == "torch":
@@ -79,10 +83,13 @@ class Tiers:
             self.pool = self._open_arena(plan.activations.pool_bytes) if plan.activations.pool_bytes else None
             if folders:
                 self.store = Store(folders, self.ledger, durable=self.durable, adopt=adopt, verify=config.verify_reads)
+                self.store.record(self.recorder)
                 self._closers.append(self.store.close)
                 self._start_store(self.store, config, plan.nvme_bytes // len(folders))
             self.writes = WriteBehind(self.arena)
-            self.link = Device(device, gpu_bytes, deadline_s=config.deadline_s, races=self.races)
+            self.link = Device(
+                device, gpu_bytes, deadline_s=config.deadline_s, races=self.races, recorder=self.recorder
+            )
             self._closers.append(self.link.close)
             undo.pop_all()
 
@@ -99,6 +106,7 @@ class Tiers:
                 config.io, folder, share_bytes, self.arena.address, self.arena.nbytes, deadline_s=config.deadline_s
             )
             self.note(engine.note)
+            engine.recorder = self.recorder
             if self.races is not None:
                 self.races.fill(self.arena.bytes)  # the drive may have been measured in it
                 engine = LateEngine(engine, self.races)

@@ -390,6 +390,7 @@ class Frame:
         with (
             watched,
             phase(f"fuyou::recompute {self.name}"),
+            self._device.recorder.timed("recompute", f"recompute {self.name}"),
             self._device.within_budget(self.name),
             RandomState(self._random.device).kept(),
             self._autocast.entered(),

@@ -28,6 +28,7 @@ import torch
 from fuyou.core.errors import DeadlineError, StateError
 from fuyou.core.forked import refuse_forked
 from fuyou.core.races import Races
+from fuyou.core.recorder import Recorder
 from fuyou.core.ticket import DONE, AllOf, Failed, Ticket, wait_for
 from fuyou.swap.buffers import Buffers
 from fuyou.swap.optimizer_state import apply_update, load_written
@@ -63,8 +64,10 @@ class Updates(UpdateQueue):
         deadline_s: float,
         in_flight: Callable[[], list[str]],
         races: Races | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__(buffers, commit, at_step=at_step)
+        self._recorder = recorder or Recorder(1)
         self._kernels = kernels
         self._handover = handover
         self._complete = complete
@@ -468,7 +471,8 @@ class Updates(UpdateQueue):
             weights, state = (_copied(each, view) for each, view in zip(chunk.rewritten, (weights, state), strict=True))
         gradient = update.gradient.views[0] if update.gradient is not None else staging.views[2]
         self._delay()
-        with torch.profiler.record_function(f"fuyou::adam {chunk.unit.name}"):
+        name = f"adam {chunk.unit.name}"
+        with torch.profiler.record_function(f"fuyou::{name}"), self._recorder.timed("adam", name):
             apply_update(self._kernels, chunk, weights, state, gradient, update.wanted, update.nonfinite)
         # Stored without the lock: who is waiting for it needs none of this. Nobody ends a COMPUTING update but us.
         # What is on the host is there already; _publish has it written through.

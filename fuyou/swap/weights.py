@@ -49,6 +49,8 @@ class Swapper:
         self._bind = bind
         self._unbind = unbind
         self._closed = False
+        # Of the times that a block's weights were wanted: they were there, or on their way, or nobody had asked for them.
+        self.prefetches = dict.fromkeys(("hit", "late", "miss"), 0)
         self._lock = threading.RLock()
         self._resident: OrderedDict[Unit, None] = OrderedDict()  # least recently used first
         self._resident_bytes = 0
@@ -93,6 +95,7 @@ class Swapper:
     def get(self, unit: Unit) -> None:
         """Weights usable by what is queued on the compute stream from now on; parameters are bound to them."""
         with self._lock:
+            self.prefetches[self._found(unit)] += 1
             self.fetch(unit, needed=True)
             unit.users += 1
             if unit.residency is Residency.IN_USE:
@@ -146,6 +149,12 @@ class Swapper:
             if victim is not None:
                 self._drop(victim)
             return victim is not None
+
+    @property
+    def resident(self) -> list[Unit]:
+        """Units that have device memory now, least recently used first."""
+        with self._lock:
+            return list(self._resident)
 
     def drop_all(self) -> None:
         """Give back all device memory of units (closing)."""
@@ -203,6 +212,11 @@ class Swapper:
                 staging.release()
 
     # Within ----------------------------------------------------------------------------------------------------------
+
+    def _found(self, unit: Unit) -> str:
+        if unit.residency is Residency.LOADING:
+            return "hit" if unit.arrival.done() else "late"
+        return "miss" if unit.residency is Residency.ABSENT else "hit"
 
     def _take_memory(self, unit: Unit, needed: bool) -> bool:
         """Charge the unit and give it memory: an evicted one's where that can be, which spares clearing it."""

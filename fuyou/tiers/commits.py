@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fuyou.core.errors import StateError
+from fuyou.core.recorder import Recorder
 from fuyou.core.ticket import DONE, Ticket, wait_for
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.drives import Drive
@@ -96,6 +97,7 @@ class Commits:
         self._number = 0
         self._failure: BaseException | None = None
         self.told = False  # somebody has been told of the failure
+        self.recorder = Recorder(1)
 
     @property
     def committed_step(self) -> int:
@@ -232,7 +234,8 @@ class Commits:
             with self._lock:  # and so not before `begin` is through
                 if self._failure is not None:
                     raise self._failure
-            self._make(commit, state)
+            with self.recorder.timed("commit", str(commit)):
+                self._make(commit, state)
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -14,6 +14,7 @@ import torch
 
 from fuyou.core.errors import BudgetError, ConfigError, DeadlineError
 from fuyou.core.races import Races
+from fuyou.core.recorder import Recorder
 from fuyou.core.sizes import format_bytes
 from fuyou.core.ticket import DEADLINE_S, DONE, Ticket
 from fuyou.tiers.pages import Pages
@@ -142,8 +143,12 @@ class Device:
         *,
         deadline_s: float = DEADLINE_S,
         races: Races | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.device = device
+        self.recorder = recorder or Recorder(1)
+        # Told of errors of whatever is computed `within_budget`, with its name, before they go on.
+        self.failed: Callable[[BaseException, str], None] = lambda error, what: None
         self.deadline_s = deadline_s
         self.races = races
         self._budget_bytes = budget_bytes
@@ -175,6 +180,7 @@ class Device:
         try:
             yield
         except torch.OutOfMemoryError as error:
+            self.failed(error, what)
             if not self.is_cuda:
                 raise
             used = torch.cuda.memory_allocated(self.device)
@@ -184,6 +190,9 @@ class Device:
                 "or shorter sequences.".replace("\n", " "),
                 tier="device", needed_bytes=self._budget_bytes + 1, given_bytes=self._budget_bytes,
             ) from error  # fmt: skip
+        except BaseException as error:
+            self.failed(error, what)
+            raise
 
     def mark(self) -> torch.cuda.Event | None:
         """An event behind all that the compute stream holds so far (None on a CPU)."""
@@ -201,8 +210,9 @@ class Device:
         self.count_in(nbytes)
         if not self.is_cuda:
             self._late()
-            copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+            self._copy("host_to_device", target, source, nbytes)
             return DONE
+        self._queued("host_to_device", nbytes)
         with torch.cuda.stream(self.h2d_stream):
             if ready is not None:
                 self.h2d_stream.wait_event(ready)
@@ -242,14 +252,15 @@ class Device:
             if here or nbytes < THREAD_COPY_BYTES:
                 if here:
                     self._late()
-                copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+                self._copy("device_to_host", target, source, nbytes)
                 return DONE
             if self._copier is None:
                 self._copier = Worker("fuyou-copies-out", deadline_s=self.deadline_s, races=self.races)
             return self._copier.submit(  # the job holds both ends
-                lambda: copy_bytes(target.data_ptr(), source.data_ptr(), nbytes),
+                lambda: self._copy("device_to_host", target, source, nbytes),
                 f"a copy of {nbytes} bytes to the host",
             )
+        self._queued("device_to_host", nbytes)
         if ready is None:
             ready = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.d2h_stream):
@@ -260,6 +271,15 @@ class Device:
             source.record_stream(self.d2h_stream)
             what = f"a copy of {nbytes} bytes from {self.device} to the host"
             return EventTicket(self.d2h_stream.record_event(), target, what, self.deadline_s)
+
+    def _copy(self, lane: str, target: torch.Tensor, source: torch.Tensor, nbytes: int) -> None:
+        with self.recorder.timed(lane, lane, nbytes):
+            copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
+
+    def _queued(self, lane: str, nbytes: int) -> None:
+        """CUDA: when it was queued is all that is known without waiting for it."""
+        now = time.perf_counter()
+        self.recorder.span(lane, now, now, lane, nbytes)
 
     def _late(self) -> None:
         """With `races`: the copy that comes next is late, on CUDA by a kernel that spins ahead of it on the current stream."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from fuyou.core.errors import DeadlineError, FuyouError, StateError, StorageIOError, StoreError
 from fuyou.core.ledger import Ledger
+from fuyou.core.recorder import Recorder
 from fuyou.core.sizes import align_up
 from fuyou.core.ticket import DONE, Ticket
 from fuyou.tiers.checksum import best_checksum
@@ -65,6 +66,11 @@ class Store:
         self._marked_dirty = False
         self._wanted: list[tuple[Extent, int]] = []  # placed before `open`, with their slots
         self._charged: list[tuple[str, int]] = []
+
+    def record(self, recorder: Recorder) -> None:
+        """Commits are noted there from now on."""
+        if self._commits is not None:
+            self._commits.recorder = recorder
 
     @property
     def drives(self) -> tuple[Drive, ...]:

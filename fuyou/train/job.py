@@ -27,6 +27,7 @@ from fuyou.train.model import load_configuration, load_model, load_tokenizer
 from fuyou.train.output import check_output, opened_output, say
 from fuyou.train.packing import allows_packing
 from fuyou.train.preview import preview
+from fuyou.train.report_job import read_metrics
 from fuyou.train.resume import checkpoints
 from fuyou.train.signals import Stop
 
@@ -44,7 +45,7 @@ class Inputs:
 
 
 def run_job(config: TrainConfig, dry_run: bool = False, resume: bool | str | None = None) -> None:
-    """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, model/.
+    """Train as `config` says and fill its output folder: config.yaml, metrics.jsonl, report.json, report.html, model/.
 
     dry_run: resolve everything, refuse what would be refused, print what would run, and leave nothing behind. resume: what
     the run goes on from, as Config's; then the folder is its own. False: steps that the nvme folders hold are discarded.
@@ -69,15 +70,18 @@ def run_job(config: TrainConfig, dry_run: bool = False, resume: bool | str | Non
         with opened_output(output, config, going_on=bool(resume)) as metrics, Stop() as stop:
             if not run.user_state:
                 seed_everything(config.seed)  # again: what loading and wrapping drew must not matter
+            run.post_mortem.folder = output
             try:
                 result = train(run, config, inputs.training, inputs.held_out, metrics, stop)
-            except BaseException:
+            except BaseException as error:
+                run.post_mortem.notice(error, "training")
                 say_how_to_go_on(run, config)
                 raise
         run.save_pretrained(output / "model", merge_adapters=config.lora is not None and config.lora.merge)
         inputs.tokenizer.save_pretrained(output / "model")
-        report = Report({**run.report().dict(), "data": inputs.statistics()})
-        report.save(output / "report.json")
+        report = Report({**run.report().dict(), "data": inputs.statistics()}, read_metrics(output))
+        report.save(output / "report.html")
+        report.save(output / "report.json")  # last: a run that has one is complete
         print(report.table())
     print(summary(output, result))
 
@@ -175,7 +179,7 @@ def summary(output: Path, result: dict[str, Any]) -> str:
     rows += [
         ("model", str(output / "model")),
         ("metrics", str(output / "metrics.jsonl")),
-        ("memory report", str(output / "report.json")),
+        ("report", f"{output / 'report.html'} (and report.json)"),
         ("configuration", str(output / "config.yaml")),
     ]
     return "\n" + "\n".join(f"{name:<15}{value}" for name, value in rows)

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import itertools
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from fuyou.core.errors import ConfigError, DivergedError
 from fuyou.train.config import TrainConfig
 from fuyou.train.data import Rows
+from fuyou.train.live import Live
 from fuyou.train.loss import DeferredHead
 from fuyou.train.output import Metrics, say
 from fuyou.train.resume import CHECKPOINTS, prune
@@ -91,10 +90,9 @@ def train(
             metrics.write_evaluation(
                 step=step, eval_loss=_number(losses[step]), tokens=tokens, seconds=round(seconds, 4)
             )
-            bar.write(f"step {step}: held-out loss {losses[step]:.4f}", file=sys.stderr)
+            live.write(f"step {step}: held-out loss {losses[step]:.4f}")
 
-    with _progress(steps) as bar:
-        bar.update(first)
+    with Live(run, steps, first) as live:
         if first and config.save_every is not None and first % config.save_every == 0:
             save_checkpoint(run, config, first)  # which may have been under way when the run was broken off
         if first == 0 or (config.eval_every is not None and first % config.eval_every == 0):
@@ -118,15 +116,14 @@ def train(
             in_a_row = in_a_row + 1 if problem else 0
             skipped += bool(problem)
             if problem:
-                _go_on_or_stop(problem, config.nonfinite, in_a_row, bar)
+                _go_on_or_stop(problem, config.nonfinite, in_a_row, live)
             seconds = time.perf_counter() - started
             tokens = sum(training.token_count(rows) for rows in batches)
             metrics.write_step(
                 step=step, loss=_number(loss), lr=learning_rate, grad_norm=_number(norm), tokens=tokens,
                 seconds=round(seconds, 4), skipped=skipped,
             )  # fmt: skip
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-            bar.update()
+            live.step(loss, tokens, seconds)
             if config.save_every is not None and step % config.save_every == 0:
                 save_checkpoint(run, config, step)
             if stop.asked is None and config.eval_every is not None and step % config.eval_every == 0:
@@ -213,7 +210,7 @@ def _not_finite(step: int, loss: float, norm: float | None) -> str:
     return "" if norm is None or math.isfinite(norm) else f"The gradient norm of step {step} is {norm}"
 
 
-def _go_on_or_stop(problem: str, nonfinite: str, in_a_row: int, bar: tqdm) -> None:
+def _go_on_or_stop(problem: str, nonfinite: str, in_a_row: int, live: Live) -> None:
     advice = "lower the learning rate, warm up for longer, or clip (max_grad_norm)"
     if nonfinite == "stop":
         raise DivergedError(
@@ -224,7 +221,7 @@ def _go_on_or_stop(problem: str, nonfinite: str, in_a_row: int, bar: tqdm) -> No
         raise DivergedError(
             f"{problem}, and so were the {in_a_row - 1} steps before it: the model does not recover. {advice.capitalize()}."
         )
-    bar.write(f"{problem}: its update is skipped.", file=sys.stderr)
+    live.write(f"{problem}: its update is skipped.")
 
 
 def _loss(run: Any, batch: dict[str, torch.Tensor], head: DeferredHead | None) -> torch.Tensor:
@@ -252,8 +249,3 @@ def takes(model: Any, argument: str) -> bool:
 def _number(value: float | None) -> float | None:
     """JSON has no inf and no nan."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _progress(steps: int) -> tqdm:
-    """A bar on a terminal; where standard error is a file, a line every 10 s at most."""
-    return tqdm(total=steps, desc="training", unit="step", mininterval=0.5 if sys.stderr.isatty() else 10, ncols=100)

@@ -90,12 +90,11 @@ class AiofilesEngine(Engine):
         return ticket.op.ended.wait(timeout_s)
 
     def _start(self, kind: Kind, file: File, offset: int, address: int, nbytes: int, keep: Any) -> IoTicket:
-        text = f"{kind} of {file.path}" if kind == "flush" else f"{kind} {nbytes} bytes at {offset} of {file.path}"
-        ticket = IoTicket(self, text, keep)
+        ticket = IoTicket(self, kind, file, offset, nbytes, keep)
         with self._lock:
             open_file = self._open_files.get(file.key)
             if self._refusing or open_file is None:  # closed by another thread since we checked
-                raise StateError(f"Cannot {text}: the file or the I/O engine is closed.")
+                raise StateError(f"Cannot {ticket.text}: the file or the I/O engine is closed.")
             op = ticket.op = _Op(kind, open_file, offset, address, nbytes, ticket)
             op.future = self._loop.create_future()
             op.predecessors = [earlier.future for earlier in open_file.active.values() if op.must_follow(earlier)]
@@ -110,14 +109,17 @@ class AiofilesEngine(Engine):
     async def _run(self, number: int, op: _Op) -> None:
         """One operation from its turn to its end. Runs in the loop's thread, as all below it."""
         failure: Failure | None = None
+        began = time.perf_counter()
         try:
             for earlier in op.predecessors:
                 await earlier  # never raises: a failed write's reader still runs
             op.predecessors.clear()
+            began = time.perf_counter()
             failure = await (self._flush(op) if op.kind == "flush" else self._transfer(op))
         except Exception as error:
             failure = (getattr(error, "errno", None) or errno.EIO, f"{op.ticket.text} failed: {error}")
         op.ticket.settle(failure)
+        op.ticket.record(began, time.perf_counter())
         with self._lock:
             del op.file.active[number]
             op.future.set_result(None)

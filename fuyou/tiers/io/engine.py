@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from fuyou.core.errors import DeadlineError, StateError, StorageIOError
+from fuyou.core.recorder import Recorder
 from fuyou.core.ticket import DEADLINE_S, Ticket, list_text
 from fuyou.tiers.io.files import File, open_file
 from fuyou.tiers.io.tuning import Tuning
@@ -43,15 +44,18 @@ class Request:
 class IoTicket:
     """One operation of an engine. The engine holds it, and it holds `keep`, until the operation has ended."""
 
-    __slots__ = ("_engine", "_failure", "_settled", "keep", "op", "text")
+    __slots__ = ("_engine", "_failure", "_settled", "keep", "kind", "nbytes", "op", "text", "where")
 
-    def __init__(self, engine: Engine, text: str, keep: Any) -> None:
+    def __init__(self, engine: Engine, kind: Kind, file: File, offset: int, nbytes: int, keep: Any) -> None:
         self._engine = engine
+        self.kind = kind
+        self.nbytes = nbytes
+        self.where = file.path
         self._failure: Failure | None = None
         self._settled = False
         self.keep = keep
         self.op: Any = None  # the engine's own handle
-        self.text = text
+        self.text = f"{kind} of {file.path}" if kind == "flush" else f"{kind} {nbytes} bytes at {offset} of {file.path}"
 
     def settle(self, failure: Failure | None) -> None:
         """Called by the engine when the operation has ended; a second call changes nothing."""
@@ -60,6 +64,11 @@ class IoTicket:
         self._failure = failure
         self.keep = None
         self._settled = True  # last: a reader that sees it sees the failure too
+
+    def record(self, began: float, ended: float) -> None:
+        """Called by the engine, once: when the operation was at the drive."""
+        if self.kind != "flush":
+            self._engine.recorder.span(f"nvme_{self.kind}", began, ended, self.where, self.nbytes)
 
     def done(self) -> bool:
         return self._settled or self._engine.poll(self)
@@ -86,6 +95,7 @@ class Engine(ABC):
     def __init__(self, note: str = "") -> None:
         self.note = note  # why this engine, "" when it is the first choice
         self.tuning: Tuning | None = None  # of an engine that can be tuned
+        self.recorder = Recorder(1)  # of reads and writes; a run puts its own here
         self.deadline_s = DEADLINE_S  # open_engine puts the run's own here
         self._pid = os.getpid()
         self._closed = False

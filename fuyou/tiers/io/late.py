@@ -94,12 +94,11 @@ class LateEngine(Engine):
         return ticket.op.ended.wait(timeout_s)
 
     def _start(self, kind: Kind, file: File, offset: int, address: int, nbytes: int, keep: Any) -> IoTicket:
-        text = f"{kind} of {file.path}" if kind == "flush" else f"{kind} {nbytes} bytes at {offset} of {file.path}"
-        ticket = IoTicket(self, text, keep)
+        ticket = IoTicket(self, kind, file, offset, nbytes, keep)
         op = ticket.op = _Op(kind, file, offset, address, nbytes, ticket)
         with self._changed:
             if self._refusing or file.closed:  # closed by another thread since we checked
-                raise StateError(f"Cannot {text}: the file or the I/O engine is closed.")
+                raise StateError(f"Cannot {ticket.text}: the file or the I/O engine is closed.")
             op.predecessors = [each for each in self._active.values() if each.file is file and op.must_follow(each)]
             number = next(self._numbers)
             self._active[number] = op

@@ -12,6 +12,9 @@ from fuyou.tiers.io.engine import Engine, Failure, IoTicket, Kind
 from fuyou.tiers.io.files import File
 from fuyou.tiers.io.tuning import Tuning, default_tuning
 
+if not hasattr(_native.IoOperation, "times"):
+    raise ImportError("fuyou's native extension was built from older sources: build it again")
+
 
 class NativeEngine(Engine):
     """Backend "io_uring" or "threads" of fuyou._native. Raises OSError where the system does not allow it."""
@@ -59,11 +62,11 @@ class NativeEngine(Engine):
         with self._lock:
             if self._tickets.pop(ticket.op.id, None) is not None:
                 ticket.settle(failure)
+                ticket.record(*ticket.op.times())
         return True
 
     def _start(self, kind: Kind, file: File, offset: int, address: int, nbytes: int, keep: Any) -> IoTicket:
-        text = f"{kind} of {file.path}" if kind == "flush" else f"{kind} {nbytes} bytes at {offset} of {file.path}"
-        ticket = IoTicket(self, text, keep)
+        ticket = IoTicket(self, kind, file, offset, nbytes, keep)
         try:
             with self._lock:  # a ticket is in the table before anybody can look for it there
                 if kind == "flush":
@@ -73,7 +76,7 @@ class NativeEngine(Engine):
                     ticket.op = submit(file.key, offset, address, nbytes)
                 self._tickets[ticket.op.id] = ticket
         except _native.IoStateError as error:  # closed by another thread since we checked
-            raise StateError(f"Cannot {text}: {error}.") from None
+            raise StateError(f"Cannot {ticket.text}: {error}.") from None
         self._sweep()
         return ticket
 
