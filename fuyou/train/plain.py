@@ -7,7 +7,7 @@ masters in host memory, to which gradients are cast, and of which the parameters
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,30 +54,38 @@ class Plain:
             parameter.grad = None
 
 
+class _Saved:
+    """What the graph holds in a tensor's place. Without a `__del__`: a signal's error would be lost in it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # a saved output that knew its graph would keep it alive
+
+
 @contextlib.contextmanager
 def limited_activations(model: nn.Module, limit_bytes: int, tier: str) -> Iterator[None]:
     """BudgetError, before memory is full, in a forward that saves more than `limit_bytes` for its backward."""
     weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
-    holders: Counter[int] = Counter()  # of each storage: the graph saves some more than once
+    found: list[
+        tuple[weakref.ref[_Saved], int, int]
+    ] = []  # storage and its bytes; what the graph has let go of goes later
     sizes: dict[int, int] = {}
+    most_found = [1024]  # after the last sweep
 
-    class Saved:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor.detach()  # a saved output that knew its graph would keep it alive
-            storage = tensor.untyped_storage()
-            self.key = storage.data_ptr()
-            holders[self.key] += 1
-            sizes[self.key] = storage.nbytes()
-
-        def __del__(self) -> None:  # the graph has let go of it
-            holders[self.key] -= 1
-            if not holders[self.key]:
-                sizes.pop(self.key, None)
+    def sweep() -> None:
+        found[:] = [each for each in found if each[0]() is not None]
+        sizes.clear()
+        sizes.update((key, nbytes) for _, key, nbytes in found)
 
     def pack(tensor: torch.Tensor) -> Any:
         if tensor.untyped_storage().data_ptr() in weights:
             return tensor.detach()
-        saved = Saved(tensor)
+        saved = _Saved(tensor)
+        storage = tensor.untyped_storage()
+        found.append((weakref.ref(saved), storage.data_ptr(), storage.nbytes()))
+        sizes[storage.data_ptr()] = storage.nbytes()
+        if len(found) > 2 * most_found[0] or sum(sizes.values()) > limit_bytes:
+            sweep()
+            most_found[0] = max(len(found), 1024)
         needed = sum(sizes.values())
         if needed > limit_bytes:
             raise BudgetError(
@@ -89,7 +97,7 @@ def limited_activations(model: nn.Module, limit_bytes: int, tier: str) -> Iterat
         return saved
 
     def unpack(saved: Any) -> torch.Tensor:
-        return saved.tensor if isinstance(saved, Saved) else saved
+        return saved.tensor if isinstance(saved, _Saved) else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
