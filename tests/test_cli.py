@@ -139,6 +139,7 @@ def test_help_lists_what_is_built(capsys):
         "launch",
         "init",
         "plan",
+        "report",
     }
     for option in ("--set", "--dry-run", "--nvme-limit", "--threads", "--cores", "--no-bind", "--quiet", "--force"):
         assert option in shown
