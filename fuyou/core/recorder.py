@@ -1,6 +1,6 @@
 """What happens during the steps of a run, in rings: operations by resource, bytes held, resident memory.
 
-Always on, so each note is one append to a ring, which holds its last `KEPT` entries and nothing else however long the run is;
+Always on, so each note is one append to a ring, which holds its last `kept` entries and nothing else however long the run is;
 no lock is taken (an append is atomic) and no device is waited for. Times are those of time.perf_counter().
 """
 

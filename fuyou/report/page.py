@@ -9,6 +9,7 @@ from typing import Any
 from fuyou.core.ledger import CATEGORIES, TIERS
 from fuyou.core.sizes import format_bytes
 from fuyou.report.charts import curve, definitions, lane_chart, memory_chart
+from fuyou.report.intervals import merged, without
 from fuyou.report.style import STYLE
 from fuyou.report.trace import LANES
 from fuyou.report.words import CAUSES, advice_lines, prefetch_line, seconds_text, wear_line
@@ -114,11 +115,10 @@ def _step_sections(content: Mapping[str, Any]) -> str:
     if not step:
         return ""
     seconds, lanes = step["seconds"], step["lanes"]
-    shown = {
-        lane: (LANES[lane], [*lanes["model"], *lanes[lane]] if lane == "compute" else lanes[lane])
-        for lane in SHOWN
-        if lanes[lane]
-    }
+    computed = merged((each[0], each[1]) for lane in ("model", "compute") for each in lanes[lane])
+    stalled = merged((each[0], each[1]) for each in lanes["stall"])
+    spans = {**lanes, "compute": [[*each, "", 0] for each in without(computed, stalled)]}  # as busy_seconds counts it
+    shown = {lane: (LANES[lane], spans[lane]) for lane in SHOWN if spans[lane]}
     said = (
         "" if content["lane_times"] == "run" else "Compute and copies are shown when they were queued on the device. "
     )

@@ -37,7 +37,7 @@ figure { margin: 14px 0 22px; }
 .lane { fill: var(--weights); } .lane-stall { fill: var(--alarm); }
 .lane-nvme_read, .lane-nvme_write { fill: var(--optimizer); } .lane-adam { fill: var(--gradients); }
 .lane-host_to_device, .lane-device_to_host { fill: var(--activations); } .lane-commit { fill: var(--staging); }
-.band-forward { fill: var(--rule); } .band-backward { fill: var(--soft); } .band-update { fill: var(--ink); }
+.band-forward { fill: var(--rule); stroke: var(--soft); } .band-backward { fill: var(--soft); } .band-update { fill: var(--ink); }
 .axis { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft); padding-top: 2px; gap: 6px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; padding: 0; font-size: 13px; }
 .legend li { display: flex; align-items: center; gap: 6px; } .key { width: 14px; height: 14px; flex: none; }

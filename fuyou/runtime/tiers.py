@@ -12,7 +12,7 @@ from fuyou.core.config import Config
 from fuyou.core.errors import BudgetError, DeadlineError
 from fuyou.core.ledger import Ledger
 from fuyou.core.races import Races
-from fuyou.core.recorder import Recorder
+from fuyou.core.recorder import KEPT, Recorder
 from fuyou.core.sizes import align_up, format_bytes, parse_bytes
 from fuyou.plan.planner import Plan
 from fuyou.runtime.measure import trim_heap
@@ -50,7 +50,7 @@ class Tiers:
         adopt: Record | None = None,
     ) -> None:
         self.notes: list[str] = []
-        self.recorder = Recorder()
+        self.recorder = Recorder(_entries(plan))
         self.races = None if config.debug_races is None else Races(config.debug_races)
         if self.races is not None:
             self.note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
@@ -230,6 +230,12 @@ class Tiers:
         """Say it once, in `notes`."""
         if text and text not in self.notes:  # said once, however many drives have it
             self.notes.append(text)
+
+
+def _entries(plan: Plan) -> int:
+    """Of the recorder's rings: enough for a step. A chunk is 16 bytes an element on the drives at least (4 each of weights,
+    gradient and moments), and is read and written 8 times a step at most without accumulation."""
+    return max(KEPT, 8 * (plan.nvme_bytes // (16 * plan.chunk_elements)))
 
 
 def _folder_notes(folders: list[str]) -> list[str]:
