@@ -2,7 +2,10 @@
 
 import os
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +308,24 @@ class TestClose:
             assert run._ledger.held("device", "gradients") == 0
         run.close()
         assert run._ledger.held("device") == 0
+
+
+def test_free_memory_is_what_the_own_control_group_has_left():
+    """A group below the root one, as systemd and containers make them."""
+    group = Path(f"/sys/fs/cgroup/memory/fuyou-test-{os.getpid()}")
+    if os.geteuid() != 0 or not group.parent.joinpath("memory.limit_in_bytes").exists():
+        pytest.skip("no control groups of version 1 to be written here")
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(1 << 30))
+        found = subprocess.run(
+            [
+                sys.executable, "-c",
+                f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+                "from fuyou.runtime.measure import free_host_bytes; print(free_host_bytes())",
+            ],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert 0 < int(found) <= 1 << 30
+    finally:
+        group.rmdir()

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from fuyou.core.ledger import TIERS, Ledger
+from fuyou.core.limits import read_memory
 from fuyou.core.recorder import Recorder
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
@@ -45,17 +46,14 @@ def _peak_without_descriptor() -> int:
 
 
 def free_host_bytes() -> int:
-    """Memory that can be had: the system's, or the rest of the control group's limit where that is less."""
+    """Memory that can be had: the system's, or the rest of a control group's limit where that is less."""
     try:
         free = int(psutil.virtual_memory().available)
     except OSError:  # no descriptor left: less than there is, since caches are not counted as free
         free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, max(0, int(Path(limit_file).read_text()) - int(Path(used_file).read_text())))
+    for group in read_memory().groups:  # its own and those above it, as containers and systemd set them
+        if group.limit_bytes is not None:
+            free = min(free, max(0, group.limit_bytes - (group.used_bytes or 0)))
     return free
 
 
