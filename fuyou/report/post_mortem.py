@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ class PostMortem:
     """`notice(error)` writes the report of the moment to `folder`, where `error` says that memory ran out; the first to see an
     error writes, and those it passes on its way do not again. It never raises: the error that is on its way is what counts.
 
-    `content()` is the report's dict.
+    `content()`, a bound method, is the report's dict. Its object is the run, which holds this: it is referred to weakly.
     """
 
     def __init__(self, folder: Path, content: Callable[[], dict[str, Any]]) -> None:
         self.folder = folder
-        self._content = content
+        self._content = weakref.WeakMethod(content)
         self._seen: tuple[int, str] = (0, "")
 
     def notice(self, error: BaseException, during: str) -> None:
@@ -34,7 +35,10 @@ class PostMortem:
         self._seen = _key(error)
         with contextlib.suppress(Exception):  # there may be no memory, or no room, for this either
             told = {"type": type(error).__name__, "message": str(error), "during": during}
-            report = Report({**self._content(), "error": told})
+            content = self._content()
+            if content is None:
+                return
+            report = Report({**content(), "error": told})
             report.save(self.folder / f"{NAME}.json")
             report.save(self.folder / f"{NAME}.html")
             warnings.warn(
