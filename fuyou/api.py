@@ -342,11 +342,10 @@ class Run:
         self._open = False
         self._installation.remove()
         self._ledger.discharge("device", "weights", self._buffer_bytes)
-        try:
-            self._movers.close()
-            self._saves.close()
-        finally:
-            self._tiers.close()
+        with contextlib.ExitStack() as closing:  # each, whatever the one before it raises; the last one first
+            closing.callback(self._tiers.close)
+            closing.callback(self._saves.close)
+            closing.callback(self._movers.close)
 
     # Building ---------------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,7 @@ def test_help_lists_what_is_built(capsys):
         "plan",
         "doctor",
         "verify",
+        "report",
     }
     for option in ("--set", "--dry-run", "--nvme-limit", "--threads", "--cores", "--no-bind", "--quiet", "--force"):
         assert option in shown

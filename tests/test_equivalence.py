@@ -125,7 +125,7 @@ def test_adam_decays_by_its_own_formula(nvme):
         assert models.differing(model, expected) == []
 
 
-@pytest.mark.parametrize("place", ["a third on the host", "ram"])
+@pytest.mark.parametrize("place", ["ram", pytest.param("a third on the host", marks=pytest.mark.slow)])
 def test_a_parameter_of_25_million_elements_and_one_of_1237(place, nvme):
     seen, expected = plain("wide", True, steps=2)
     case = models.CASES["wide"]

@@ -188,8 +188,10 @@ def loaded(name: str, made: Path, output: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, "launched") for name in PLAIN),
+        ("trainer", "launched"),
         ("finetune", "direct"),
+        pytest.param("finetune", "launched", marks=pytest.mark.slow),
+        pytest.param("lora", "launched", marks=pytest.mark.slow),
         pytest.param("trainer", "direct", marks=pytest.mark.slow),
         pytest.param("lora", "direct", marks=pytest.mark.slow),
     ],

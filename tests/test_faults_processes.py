@@ -108,8 +108,15 @@ def test_a_fork_with_operations_in_flight_on_a_drive_that_stands_still(kind: str
         assert target.bytes() == content.bytes() == Path(file.path).read_bytes()
 
 
-@pytest.mark.parametrize("ram", ["1MiB", "64MiB"])
-@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize(
+    ("settled", "ram"),
+    [
+        (False, "1MiB"),
+        (True, "64MiB"),
+        pytest.param(False, "64MiB", marks=pytest.mark.slow),
+        pytest.param(True, "1MiB", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", FIRST)
 def test_a_forked_child_that_ends_as_programs_do(kind: str, settled: bool, ram: str, nvme: Path) -> None:
     """multiprocessing's fork, whose child runs Python's own exit with the engine, its tickets and the run in its memory. Updates

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from fault_tools import FIRST, KINDS, REPOSITORY, open_or_skip, run_script
+from fault_tools import FIRST, REPOSITORY, open_or_skip, run_script
 
 PRELUDE = """
     import ctypes, errno, os, shutil, sys, time
@@ -53,7 +53,7 @@ def inside(preload: str, kind: str, folder: Path, script: str) -> None:
     run_script(textwrap.dedent(PRELUDE) + textwrap.dedent(script), kind, str(folder), env={"LD_PRELOAD": preload})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIRST)
 def test_what_engines_recover_from_and_what_they_tell(preload: str, kind: str, nvme: Path) -> None:
     inside(preload, kind, nvme, """
         engine = open_engine(kind)

@@ -28,6 +28,9 @@ PLACES = {
 }
 
 
+MOST = [*list(PLACES)[:2], *(pytest.param(place, marks=pytest.mark.slow) for place in list(PLACES)[2:])]
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     """Losses and state after so many steps."""
@@ -67,7 +70,7 @@ def loaded(folder: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
         return loop.state()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", MOST)
 def test_every_step_is_saved_while_training_goes_on(nvme, tmp_path, plain, place):
     loop, losses = Loop(), []
     with loop.wrapped(folders_of(place, nvme), **PLACES[place], debug_races=3) as run:
@@ -79,7 +82,7 @@ def test_every_step_is_saved_while_training_goes_on(nvme, tmp_path, plain, place
         assert differences(loaded(tmp_path / f"step-{step}", tmp_path), plain[step][1]) == []
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", MOST)
 def test_a_slot_that_is_not_copied_yet_is_copied_before_it_is_written(nvme, tmp_path, plain, slow_writer, place):
     loop, losses = Loop(), []
     with loop.wrapped(folders_of(place, nvme), **PLACES[place]) as run:
