@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from drive_tools import file_size_limit
-from fault_tools import REPOSITORY
+from fault_tools import REPOSITORY, call
 from resuming import Loop, differences
 
 import fuyou
@@ -213,3 +215,32 @@ def test_a_step_that_is_never_complete_has_no_checkpoint(nvme, tmp_path, monkeyp
             run.save(tmp_path / "saved")
             run.settle()
     assert not (tmp_path / "saved").exists() and not list(tmp_path.glob(".saved*"))
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_file_system_with_reflinks_shares_the_blocks(tmp_path, plain, kind):
+    """On the store's own file system: next to no room is taken until training writes, and what it writes is not in it."""
+    if os.geteuid() != 0 or shutil.which(f"mkfs.{kind}") is None:
+        pytest.skip(f"no mkfs.{kind}, or nobody who may mount what it makes")
+    image, root = tmp_path / "image", tmp_path / "root"
+    root.mkdir()
+    with open(image, "wb") as made:
+        made.truncate(512 << 20)
+    call(f"mkfs.{kind}", "-q", str(image))
+    call("mount", "-o", "loop", str(image), str(root))
+    try:
+        (root / "nvme").mkdir()
+        loop = Loop()
+        with loop.wrapped(root / "nvme") as run:
+            losses = loop.steps(2)
+            run.settle()
+            os.sync()
+            written = run._tiers.store.read_bytes
+            run.save(root / "saved")
+            run.settle()
+            assert run._tiers.store.read_bytes == written  # nothing was copied
+            losses += loop.steps(STEPS - 2)
+            assert losses == plain[STEPS][0] and differences(loop.state(), plain[STEPS][1]) == []
+        assert differences(loaded(root / "saved", tmp_path), plain[2][1]) == []
+    finally:
+        call("umount", "-l", str(root))

@@ -124,10 +124,13 @@ class Saves:
                 extents = {*pin.extents}
                 numbers = draft.number(lambda each: each.extent in extents)
                 number_of = {draft.ranges[key].extent: number for key, number in numbers.items()}
-                target = _Target(engine, draft.writer.path)
+                target, cloning = _Target(engine, draft.writer.path), True
                 try:
                     while (extent := pin.take()) is not None:
-                        self._copy(extent, number_of[extent], draft.writer, target, pin.commit)
+                        draft.writer.begin(number_of[extent], extent.nbytes)
+                        cloning = cloning and self._clone(extent, draft.writer, pin.commit)
+                        if not cloning:
+                            self._copy(extent, draft.writer, target, pin.commit)
                         pin.let_go(extent)
                     target.flush()
                 finally:
@@ -139,11 +142,17 @@ class Saves:
             if pin is not None and self._store is not None:
                 self._store.unpin(pin)
 
-    def _copy(self, extent: Extent, number: int, writer: SavedWriter, target: _Target, commit: Commit) -> None:
+    def _clone(self, extent: Extent, writer: SavedWriter, commit: Commit) -> bool:
+        """By reflink, where the file system has it: nothing is read or written."""
+        parts = [(part.drive.path, part.offset, part.nbytes) for part in extent.slots[commit.slot_of(extent.index)]]
+        cloned = writer.clone(parts, commit.checksums[extent.index])
+        self._copied_bytes += extent.nbytes * cloned
+        return cloned
+
+    def _copy(self, extent: Extent, writer: SavedWriter, target: _Target, commit: Commit) -> None:
         """Piece by piece: some are read while others are written. All have been read when this returns."""
         slot, offset = commit.slot_of(extent.index), 0
         reading: deque[tuple[Lease, int, Ticket]] = deque()
-        writer.begin(number, extent.nbytes)
         try:
             while offset < extent.nbytes or reading:
                 lease = None

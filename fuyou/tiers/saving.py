@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
+import struct
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from fuyou.tiers.record_files import RecordFiles, Reserved
 from fuyou.tiers.records import ENTRY, PAGE_BYTES, encode_payload, encode_record, overhead_bytes
 from fuyou.tiers.saved import PIECE_BYTES, Saved
 
+_FICLONERANGE = 0x4020940D
 _FLUSH_BYTES = 64 << 20  # dirty page cache that a checkpoint may hold
 
 
@@ -105,6 +109,26 @@ class SavedWriter:
         self._entries[-1] = (nbytes, extent, checksum, slot)
         self._offset += data.nbytes
         return self._offset - data.nbytes
+
+    def clone(self, parts: Sequence[tuple[str, int, int]], checksum: int) -> bool:
+        """The extent that was begun is these bytes (path, offset, count) with that checksum: the file system shares their
+        blocks with this file until either is written again (FICLONERANGE, ioctl_ficlonerange(2)). False where it does not,
+        and the bytes are still to come."""
+        at = self._offset
+        for path, offset, count in parts:
+            try:
+                source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.ioctl(self._file, _FICLONERANGE, struct.pack("=qQQQ", source, offset, count, at))
+                finally:
+                    os.close(source)
+            except OSError:  # another file system, or one without reflinks: what was cloned is written over
+                return False
+            at += count
+        nbytes, extent, _, slot = self._entries[-1]
+        self._entries[-1] = (nbytes, extent, checksum, slot)
+        self._offset = at
+        return True
 
     @property
     def checksum(self) -> int:
