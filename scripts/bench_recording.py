@@ -11,7 +11,6 @@ half of them; under 1.01 is the promise. What the ledger counts by itself is on 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_gpt import LAYERS, VOCABULARY, Gpt
-from bench_tools import machine
+from bench_tools import machine, write_json
 
 import fuyou
 
@@ -43,9 +42,7 @@ def main() -> None:
         f"on {result['on_s']:.4f} s, off {result['off_s']:.4f} s a step; on / off {middle:.4f} ({low:.4f} to {high:.4f}), "
         f"{options.pairs} pairs"
     )
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({**result, "options": vars(options), "machine": machine()}, file, indent=1)
+    write_json(options.json, machine(options.nvme), options, results=result)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
