@@ -323,11 +323,11 @@ class Run:
             if self._schedule.torn:
                 warnings.warn(self._schedule.torn, stacklevel=2)
                 self._updates.give_up()
+            unsaved = self._saves.problem()
             given_back = self._handing_back.give()
             if not given_back:
                 self._leave_on_disk(self._handing_back.weight_bytes)
             self.optimizer.state.close()
-            unsaved = self._saves.problem()
         except DeadlineError:
             raise
         except BaseException as error:
@@ -344,8 +344,8 @@ class Run:
         self._ledger.discharge("device", "weights", self._buffer_bytes)
         with contextlib.ExitStack() as closing:  # each, whatever the one before it raises; the last one first
             closing.callback(self._tiers.close)
-            closing.callback(self._saves.close)
             closing.callback(self._movers.close)
+            closing.callback(self._saves.close)  # it looks at the units, which the movers empty
 
     # Building ---------------------------------------------------------------------------------------------------------
 

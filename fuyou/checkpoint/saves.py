@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fuyou.checkpoint.checkpoints import Draft
-from fuyou.core.errors import DeadlineError, StorageIOError
+from fuyou.core.errors import DeadlineError, StateError, StorageIOError
 from fuyou.core.ticket import Ticket, wait_for
 from fuyou.plan.planner import SAVING_BUFFERS, Plan
 from fuyou.runtime.tiers import Tiers
@@ -50,9 +50,11 @@ class Saves:
         self._in_flight = in_flight
         self._worker: Worker | None = None
         self._draft: Draft | None = None  # whose commit has not begun
-        self._given = threading.Event()  # it has: the worker has it
+        self._given = threading.Event()  # nothing was asked for that has not been given to the worker, as `_job`
+        self._given.set()
         self._job: Job | None = None
         self._copied_bytes = 0  # of the one under way: whether it is still going on
+        self._closing = False
 
     def begin(self, draft: Draft, at_commit: Callable[[Callable[[Ticket], None]], bool]) -> bool:
         """The draft is written from the commit that `at_commit` calls back with, now or later. False, and it is the caller's
@@ -63,15 +65,21 @@ class Saves:
             self._worker = Worker("fuyou-save", deadline_s=self._deadline_s, in_flight=self._in_flight)
         self._draft = draft
         self._given.clear()
-        if not at_commit(self._go):
-            self._draft = None
-        return self._draft is not None or self._given.is_set()
+        accepted = False
+        try:
+            # Only the answer tells: the commit's thread may be in `_go` already, or through it.
+            accepted = at_commit(self._go)
+        finally:
+            if not accepted:
+                self._draft = None
+                self._given.set()
+        return accepted
 
     def wait(self) -> None:
         """The checkpoint that was begun is there, or its error is raised. DeadlineError where nothing was copied for so
         long."""
-        if self._draft is not None and not self._given.wait(self._deadline_s):
-            raise DeadlineError(f"Waited {self._deadline_s:g} s for the commit of step {self._draft.step} to begin.")
+        if not self._given.wait(self._deadline_s):
+            raise DeadlineError(f"Waited {self._deadline_s:g} s for the commit of a checkpoint to begin.")
         job = self._job
         while job is not None:
             copied = self._copied_bytes
@@ -96,9 +104,11 @@ class Saves:
         return None
 
     def close(self) -> None:
-        """After the updates, which begin commits."""
-        if self._draft is not None:
-            self._draft.discard()
+        """Before anything that a draft looks at goes. What is under way is given up: whoever wants it waits first."""
+        self._closing = True
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.discard()
         if self._worker is not None:
             self._worker.close()
         self._buffers.close()
@@ -108,11 +118,15 @@ class Saves:
         draft, self._draft = self._draft, None
         if draft is None or self._worker is None or self._store is None:
             return
-        extents = [each.extent for each in draft.ranges.values() if each.extent is not None]
-        pin = self._store.pin(commit, extents) if isinstance(commit, Commit) else None
-        self._copied_bytes = 0
-        self._job = self._worker.submit(lambda: self._run(draft, commit, pin), f"the checkpoint of step {draft.step}")
-        self._given.set()
+        try:
+            extents = [each.extent for each in draft.ranges.values() if each.extent is not None]
+            pin = self._store.pin(commit, extents) if isinstance(commit, Commit) else None
+            self._copied_bytes = 0
+            self._job = self._worker.submit(
+                lambda: self._run(draft, commit, pin), f"the checkpoint of step {draft.step}"
+            )
+        finally:
+            self._given.set()
 
     # ---- the thread
 
@@ -127,6 +141,10 @@ class Saves:
                 target, cloning = _Target(engine, draft.writer.path), True
                 try:
                     while (extent := pin.take()) is not None:
+                        if self._closing:
+                            raise StateError(
+                                f"The run was closed before the checkpoint of step {draft.step} was written."
+                            )
                         draft.writer.begin(number_of[extent], extent.nbytes)
                         cloning = cloning and self._clone(extent, draft.writer, pin.commit)
                         if not cloning:
