@@ -35,14 +35,31 @@ PLACES = {
 MOST = [*list(PLACES)[:2], *(pytest.param(place, marks=pytest.mark.slow) for place in list(PLACES)[2:])]
 
 
-@pytest.fixture(scope="module")
-def plain() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+def trainer(clamps: bool) -> Loop:
+    """With `clamps` a weight is written after every step, which waits for all updates; without, they go on under what follows."""
+    loop = Loop()
+    if not clamps:
+        loop.clamp = lambda: None  # type: ignore[method-assign]
+    return loop
+
+
+def history(clamps: bool) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     """Losses and state after so many steps."""
-    loop, losses, found = Loop(), [], []
+    loop, losses, found = trainer(clamps), [], []
     for _ in range(STEPS + 1):
         found.append((list(losses), loop.state()))
         losses += loop.steps(1)
     return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    return history(clamps=True)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["clamped", "free"])
+def both(request: pytest.FixtureRequest, plain: list) -> tuple[bool, list]:
+    return request.param, plain if request.param else history(clamps=False)
 
 
 @pytest.fixture
@@ -75,8 +92,9 @@ def loaded(folder: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("place", MOST)
-def test_every_step_is_saved_while_training_goes_on(nvme, tmp_path, plain, place):
-    loop, losses = Loop(), []
+def test_every_step_is_saved_while_training_goes_on(nvme, tmp_path, both, place):
+    clamps, plain = both
+    loop, losses = trainer(clamps), []
     with loop.wrapped(folders_of(place, nvme), **PLACES[place], debug_races=3) as run:
         for step in range(1, STEPS + 1):
             losses += loop.steps(1)
@@ -87,8 +105,9 @@ def test_every_step_is_saved_while_training_goes_on(nvme, tmp_path, plain, place
 
 
 @pytest.mark.parametrize("place", MOST)
-def test_a_slot_that_is_not_copied_yet_is_copied_before_it_is_written(nvme, tmp_path, plain, slow_writer, place):
-    loop, losses = Loop(), []
+def test_a_slot_that_is_not_copied_yet_is_copied_before_it_is_written(nvme, tmp_path, both, slow_writer, place):
+    clamps, plain = both
+    loop, losses = trainer(clamps), []
     with loop.wrapped(folders_of(place, nvme), **PLACES[place]) as run:
         losses += loop.steps(2)
         run.save(tmp_path / "saved")
@@ -171,8 +190,7 @@ def test_a_commit_that_begins_while_it_is_asked_for(nvme, tmp_path, monkeypatch)
     monkeypatch.setattr(Store, "pin", pins_slowly)
     monkeypatch.setattr(Committing, "at_commit", answers_late)
     monkeypatch.setattr("fuyou.checkpoint.checkpoints.save", lambda *_: pytest.fail("it was written twice"))
-    loop = Loop()
-    loop.clamp = lambda: None  # type: ignore[method-assign]  # writing a weight would wait for the updates
+    loop = trainer(clamps=False)
     with loop.wrapped(nvme, update="deferred") as run:
         for step in range(1, 4):
             loop.steps(1)
