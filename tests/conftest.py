@@ -68,3 +68,13 @@ def compare(request: pytest.FixtureRequest, nvme: Path) -> Callable[..., Any]:
 def _file_system(path: Path) -> str:
     mounts = [each for each in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(each.mountpoint)]
     return max(mounts, key=lambda each: len(each.mountpoint)).fstype if mounts else ""
+
+
+@pytest.fixture
+def lent() -> Iterator[Path]:
+    """A folder on a disk, whatever /tmp is, that an ordinary user may write to."""
+    folder = Path(f"/var/tmp/fuyou-test-{os.getpid()}")
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

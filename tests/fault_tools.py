@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,21 @@ def run_script(
     return result
 
 
+def forked(work: Callable[..., None], *arguments: Any) -> int:
+    """The pid of a child that does `work(*arguments)`, and leaves with status 0 when it is through."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work(*arguments)
+            code = 0
+        except BaseException as error:
+            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return pid
+
+
 # ---- one training, plainly and wrapped
 
 
@@ -210,9 +225,10 @@ class Training:
         ram: str = "1MiB",
         update: str = "auto",
         resume: bool | None = None,
+        verify_reads: bool = False,
     ) -> fuyou.Run:
         """Weights and state live on NVMe, but what `ram` holds beside staging."""
-        config = fuyou.Config(io=io, deadline_s=deadline_s, update=update, resume=resume)
+        config = fuyou.Config(io=io, deadline_s=deadline_s, update=update, resume=resume, verify_reads=verify_reads)
         run = fuyou.wrap(self.model, self.optimizer, nvme=nvme, ram=ram, gpu="256MiB", device="cpu", config=config)
         self.optimizer = run.optimizer
         return run
@@ -262,5 +278,5 @@ def without_frames(error: BaseException) -> Any:
     return error
 
 
-__all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "mounted", "nothing_leaks",
+__all__ = ["FIRST", "KINDS", "MIB", "PAGE", "Memory", "Training", "assert_empty", "call", "forked", "mounted", "nothing_leaks",
            "open_or_skip", "plain", "random_pages", "reads_stopped", "run_script", "same", "without_frames"]  # fmt: skip

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
-from resuming import Loop, digest
+from resuming import digest, trainer
 
 import fuyou
 
@@ -20,7 +19,7 @@ def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
     def tell(*words: object) -> None:
         os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
 
-    loop = Loop()
+    loop = trainer(options.pop("clamps"))
     nvme = [folder / name for name in options.pop("drives")]
     with loop.wrapped(nvme, resume=True, **options) as run:
         first = told = run.committed_step
@@ -43,21 +42,6 @@ def work(folder: Path, options: dict, steps: int, pipe: int) -> None:
             run.settle()
             tell("committed", run.committed_step)
         tell("done", digest(loop.state()))
-
-
-def forked(folder: Path, options: dict, steps: int, pipe: int) -> int:
-    """The pid of a child that works, and leaves with status 0 when it is through."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work(folder, dict(options), steps, pipe)
-            code = 0
-        except BaseException as error:
-            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    return pid
 
 
 assert fuyou.__name__ == "fuyou"  # imported here, once, for all forks

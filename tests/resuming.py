@@ -143,6 +143,14 @@ class Loop:
         return found
 
 
+def trainer(clamps: bool) -> Loop:
+    """With `clamps` a weight is written after every step, which waits for all updates; without, they go on under what follows."""
+    loop = Loop()
+    if not clamps:
+        loop.clamp = lambda: None  # type: ignore[method-assign]
+    return loop
+
+
 def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
     """What is not bit-equal."""
     assert found.keys() == expected.keys()

@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,16 +286,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_machine, "MEASURE_S", 0.01)
     monkeypatch.setattr(this_machine, "WIDTHS", {"cpu": (32, 128), "cuda": (32, 128)})
     monkeypatch.setattr(this_machine, "ADAM_ELEMENTS", 2**16)
-
-
-@pytest.fixture
-def lent() -> Iterator[Path]:
-    """A folder on a disk, whatever /tmp is, that an ordinary user may write to."""
-    folder = Path(f"/var/tmp/fuyou-doctor-{os.getpid()}")
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def written_bytes() -> int:

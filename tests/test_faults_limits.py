@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,16 +51,6 @@ ORDINARY = """
 
 def run_inside(script: str, folder: Path, *, ordinary: bool = False) -> None:
     run_script("".join(textwrap.dedent(each) for each in (TRAIN, ORDINARY if ordinary else "", script)), str(folder))
-
-
-@pytest.fixture
-def lent() -> Iterator[Path]:
-    """A folder on a disk that an ordinary user may write to."""
-    folder = Path(f"/var/tmp/fuyou-faults-{os.getpid()}")
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_an_ordinary_user_with_eight_mebibytes_of_memlock_trains_and_is_told_once(lent: Path) -> None:

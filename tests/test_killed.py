@@ -13,10 +13,11 @@ SCRIPT = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)  # whoever forks has no threads that compute
-    from killed_job import forked
-    from resuming import Loop, digest
+    from fault_tools import forked
+    from killed_job import work
+    from resuming import digest, trainer
 
-    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, kills, seed, clamps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
     STEPS = 4 * kills + 8
     drives = ["one", "two"]
     for name in drives:
@@ -53,7 +54,7 @@ SCRIPT = """
         return text
 
     # What nobody kills takes, so that kills fall anywhere in it.
-    loop = Loop()
+    loop = trainer(clamps)
     losses, rows, states = [], [], {}
     for step in range(1, STEPS + 1):
         loop.read.clear()
@@ -69,7 +70,7 @@ SCRIPT = """
         its = options()
         if not set(its["drives"]) & set(last):  # a store somewhere else is nobody's to look for
             its["drives"] = last
-        pid = forked(folder, its, STEPS, theirs)
+        pid = forked(work, folder, {**its, "clamps": clamps}, STEPS, theirs)
         os.close(theirs)
         alive = turn >= kills
         if alive:
@@ -109,7 +110,7 @@ SCRIPT = """
     assert saved
     (folder / "other").mkdir()
     for path in saved:
-        loop = Loop()
+        loop = trainer(clamps)
         with loop.wrapped(folder / "other", ram="64MiB", resume=str(path)):
             assert digest(loop.state()) == states[path.name], path.name
     print("kills", turn, "before the first word", in_recovery, "after it", at_work, "OK", sep=" ")
@@ -117,9 +118,14 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"),
-    [(10, 0), pytest.param(100, 1, marks=pytest.mark.slow), pytest.param(100, 2, marks=pytest.mark.slow)],
+    ("kills", "seed", "clamps"),
+    [
+        (10, 0, False),
+        pytest.param(100, 1, True, marks=pytest.mark.slow),
+        pytest.param(100, 2, False, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(1800)
-def test_nothing_tells_that_a_run_was_killed(nvme: Path, kills: int, seed: int) -> None:
-    run_script(SCRIPT, str(nvme), str(kills), str(seed), timeout_s=1700)
+def test_nothing_tells_that_a_run_was_killed(nvme: Path, kills: int, seed: int, clamps: bool) -> None:
+    """`clamps`: see resuming.trainer."""
+    run_script(SCRIPT, str(nvme), str(kills), str(seed), str(clamps), timeout_s=1700)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from drive_tools import file_size_limit
 from fault_tools import REPOSITORY, call
-from resuming import Loop, differences
+from resuming import Loop, differences, trainer
 
 import fuyou
 from fuyou.core.errors import StorageIOError
@@ -33,14 +33,6 @@ PLACES = {
 
 
 MOST = [*list(PLACES)[:2], *(pytest.param(place, marks=pytest.mark.slow) for place in list(PLACES)[2:])]
-
-
-def trainer(clamps: bool) -> Loop:
-    """With `clamps` a weight is written after every step, which waits for all updates; without, they go on under what follows."""
-    loop = Loop()
-    if not clamps:
-        loop.clamp = lambda: None  # type: ignore[method-assign]
-    return loop
 
 
 def history(clamps: bool) -> list[tuple[list[float], dict[str, torch.Tensor]]]:

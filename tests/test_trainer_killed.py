@@ -15,7 +15,8 @@ SCRIPT = """
     import torch
     torch.set_num_threads(1)  # whoever forks has no threads that compute
     import clients, models
-    from trainer_job import STEPS, forked, is_whole, plain
+    from fault_tools import forked
+    from trainer_job import STEPS, is_whole, plain, work
     import fuyou
     from commit_tools import newest
     from fuyou.tiers.saved import was_left_open
@@ -57,7 +58,7 @@ SCRIPT = """
                 assert "Config(resume=False)" in str(error) and "Trainer" in str(error), error
             its["resume"], refused = False, refused + 1
         resumed += any(map(is_whole, output.glob("checkpoint-*")))
-        pid = forked(folder, its)
+        pid = forked(work, folder, its)
         wait_for(began.exists, pid)
         if turn < kills:
             if turn == 0:  # after its first checkpoint

@@ -270,11 +270,7 @@ def test_a_wrong_byte_under_a_run_is_told_and_never_trained_with(nvme, tmp_path,
 def test_a_hole_in_the_data_file_is_told(nvme):
     """Cut short by somebody, and made longer again by a later write: what is between reads as zeros."""
     training = Training()
-    config = fuyou.Config(verify_reads=True, update="step")
-    run = fuyou.wrap(
-        training.model, training.optimizer, nvme=nvme, ram="600KiB", gpu="256MiB", device="cpu", config=config
-    )
-    training.optimizer = run.optimizer
+    run = training.wrap(nvme, ram="600KiB", update="step", verify_reads=True)
     training.step()
     run.settle()
     size = data(nvme).stat().st_size
@@ -299,11 +295,7 @@ def quiet(run: fuyou.Run) -> None:
 
 def test_a_wrong_byte_in_a_gradient_is_told(nvme):
     training = Training()
-    config = fuyou.Config(verify_reads=True, update="step")
-    run = fuyou.wrap(
-        training.model, training.optimizer, nvme=nvme, ram="600KiB", gpu="256MiB", device="cpu", config=config
-    )
-    training.optimizer = run.optimizer
+    run = training.wrap(nvme, ram="600KiB", update="step", verify_reads=True)
     training.backward()
     quiet(run)
     chunk = next(chunk for unit in run._units for chunk in unit.chunks if isinstance(chunk.gradients.home, Extent))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +54,3 @@ def work(folder: Path, options: dict[str, Any]) -> None:
         logs = train(Side(model, run.optimizer, scheduler, folder / "output", run))
         result = [logs, digest(models.values_of(model))]
     (folder / "result").write_text(json.dumps(result))
-
-
-def forked(folder: Path, options: dict[str, Any]) -> int:
-    """The pid of a child that works, and leaves with status 0 when it is through."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work(folder, options)
-            code = 0
-        except BaseException as error:
-            print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    return pid

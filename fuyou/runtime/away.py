@@ -166,7 +166,7 @@ class Away:
     ) -> Any:
         self.settle()
         loans: list[_Loan] = []
-        if function.__name__ == "detach" and len(members) == 1:
+        if getattr(function, "__name__", "") == "detach" and len(members) == 1:
             loan = self._lend(members[0], may_map=True)
             if loan.tier == "nvme":  # never the parameter's own data: it may be on another device
                 return loan.value.detach()

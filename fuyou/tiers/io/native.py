@@ -62,7 +62,8 @@ class NativeEngine(Engine):
         with self._lock:
             if self._tickets.pop(ticket.op.id, None) is not None:
                 ticket.settle(failure)
-                ticket.record(*ticket.op.times())
+                if failure is None:  # one that failed may never have been at the drive
+                    ticket.record(*ticket.op.times())
         return True
 
     def _start(self, kind: Kind, file: File, offset: int, address: int, nbytes: int, keep: Any) -> IoTicket:
