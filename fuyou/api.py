@@ -35,7 +35,7 @@ from fuyou.runtime.enlist import Enlisting
 from fuyou.runtime.handing_back import HandingBack
 from fuyou.runtime.handle import GradientHandle
 from fuyou.runtime.install import Installation, is_wrapped
-from fuyou.runtime.measure import free_host_bytes, rss_bytes
+from fuyou.runtime.measure import free_host_bytes, heap_free_bytes, rss_bytes
 from fuyou.runtime.movers import Movers
 from fuyou.runtime.optimizer import Optimizer
 from fuyou.runtime.planned import Planned, plan_run
@@ -417,7 +417,7 @@ class Run:
         self._tiers.link.failed = self.post_mortem.notice
         movers.gauge.start()
         held, committed = self._ledger.held("device"), self._tiers.committed_bytes
-        self._baseline = {"rss": rss_bytes(), "device": held, "committed": committed}
+        self._baseline = {"rss": rss_bytes(), "device": held, "committed": committed, "heap_free": heap_free_bytes()}
 
     # Closing ----------------------------------------------------------------------------------------------------------
 

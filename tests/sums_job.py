@@ -15,6 +15,7 @@ from bounded_job import Model, memory, train
 
 import fuyou
 
+OTHERS_BYTES = 256 * 2**20
 WIDTH, LAYERS, VOCABULARY, ROWS, LENGTH = 512, 6, 64, 4, 256
 
 
@@ -44,7 +45,7 @@ def main(nvme: str) -> None:
     model = Model(VOCABULARY, WIDTH, LAYERS, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     config = fuyou.Config(activations="keep", resume=False)
-    with fuyou.wrap(model, optimizer, nvme=nvme, ram="128MiB", gpu="600MiB", device="cpu", config=config) as run:
+    with fuyou.wrap(model, optimizer, nvme=nvme, ram="128MiB", gpu="2GiB", device="cpu", config=config) as run:
 
         def forward() -> torch.Tensor:
             return model(torch.randint(0, VOCABULARY, (ROWS, LENGTH)))
@@ -67,7 +68,7 @@ def main(nvme: str) -> None:
         report = run.report().dict()
         device = report["tiers"]["device"]["held_by_category"]
         files = [path for path in Path(nvme).rglob("*") if path.is_file()]
-        print(json.dumps({
+        facts = {
             "growth": growth,
             "tracked": report["process"]["committed_host_bytes"] + sum(device.values()),
             "activations": device["activations"],
@@ -77,9 +78,18 @@ def main(nvme: str) -> None:
             "held_by_drive": last["held_bytes"],
             "system_io": [after[0] - before[0], after[1] - before[1]],
             "report_io": [last["read_bytes"] - moved["read_bytes"], last["write_bytes"] - moved["write_bytes"]],
-        }))  # fmt: skip
+        }  # fmt: skip
         loss.backward()
-        sys.stdout.flush()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        for _ in range(4):
+            step()
+        process = run.report().dict()["process"]
+        others = torch.ones(OTHERS_BYTES // 4)  # the user's own, which nobody charged
+        step()
+        assert others[-1] == 1
+        facts |= {"process": process, "others": OTHERS_BYTES, "process_with_others": run.report().dict()["process"]}
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

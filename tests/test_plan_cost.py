@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuyou.plan.activations import NoRoom, Room, choose_activations, fixed_activations
-from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, PAPER, BlockNumbers, Choice, Item, predict
+from fuyou.plan.cost import FUYOU_BF16, FUYOU_FP32, PAPER, BlockNumbers, Choice, Item, Prediction, predict
 from fuyou.plan.explain import explain, remedies
 from fuyou.plan.machine import Drive, Machine
 
@@ -325,13 +325,36 @@ def test_words_say_what_bounds_and_what_the_model_predicts():
     twice = replace(QUIET, drives=QUIET.drives * 2, array_bytes_per_s=18 * GB)
     gains = {
         "twice the drives": predict(twice, BLOCKS, Choice(update="backward")),
-        "52.15 GiB of ram": predict(QUIET, BLOCKS, home),  # 14 bytes for each of 4e9 parameters
+        "52.15 GiB more ram, to keep all of": predict(QUIET, BLOCKS, home),  # 14 bytes for each of 4e9 parameters
     }
     shown = {each.change: each.gain for each in remedies(found)}
     for start, after in gains.items():
         gain = next(value for change, value in shown.items() if change.startswith(start))
         assert gain == pytest.approx(found.seconds_per_step / after.seconds_per_step)
     assert best.gain == max(shown.values()) and f"{best.gain:.2f} times" in text
+
+
+def test_how_much_host_memory_would_help_is_the_least_that_is_worth_it_and_the_least_that_is_enough():
+    def kept(part: float, blocks: tuple[BlockNumbers, ...]) -> Prediction:
+        choice = Choice(update="backward", host_weights=part, host_gradients=part, host_state=part)
+        return predict(QUIET, blocks, choice)
+
+    def amounts(blocks: tuple[BlockNumbers, ...]) -> dict[str, float]:
+        found = remedies(kept(0, blocks))
+        return {each.change: each.gain for each in found if "more ram" in each.change}
+
+    def gain(part: float, blocks: tuple[BlockNumbers, ...]) -> float:
+        return kept(0, blocks).seconds_per_step / kept(part, blocks).seconds_per_step
+
+    assert amounts(BLOCKS) == pytest.approx({
+        "13.04 GiB more ram, to keep 25% of the model's state in memory": gain(0.25, BLOCKS),
+        "52.15 GiB more ram, to keep all of the model's state in memory": gain(1, BLOCKS),
+    })  # fmt: skip
+    # Where compute takes nearly as long as the drives, a part of it is enough.
+    slower = tuple(replace(each, forward_s=2.0, backward_s=2.0) for each in BLOCKS * 10)
+    enough = min(part for part in (0.25, 0.5, 0.75, 1) if gain(part, slower) - 1 >= 0.9 * (gain(1, slower) - 1))
+    assert enough < 1 and gain(1, slower) > 1.03
+    assert f"to keep {enough:.0%} of the model's state" in next(iter(amounts(slower)))
 
 
 def test_where_two_resources_bind_pairs_are_tried():

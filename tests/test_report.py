@@ -61,8 +61,11 @@ def check_schema(content: dict[str, Any]) -> None:
         assert set(each["by_category"]) == set(each["held_by_category"]) == set(CATEGORIES)
         assert all(isinstance(each[key], int) for key in ("budget_bytes", "peak_bytes", "reserve_bytes"))
         assert each["peak_bytes"] >= sum(each["held_by_category"].values()) >= 0
-    for key in ("baseline_rss_bytes", "peak_rss_bytes", "growth_bytes", "tracked_growth_bytes", "untracked_bytes"):
-        assert isinstance(content["process"][key], int) and content["process"][key] >= 0
+    process = content["process"]
+    parts = ("tracked_growth_bytes", "temporaries_bytes", "heap_free_bytes", "untracked_bytes")
+    for key in ("baseline_rss_bytes", "peak_rss_bytes", "growth_bytes", *parts):
+        assert isinstance(process[key], int) and process[key] >= 0
+    assert sum(process[key] for key in parts) >= process["growth_bytes"]
     for name in ("nvme_read", "nvme_write", "host_to_device", "device_to_host"):
         assert isinstance(content["traffic"][f"{name}_bytes_per_step"], int)
         assert set(content["speeds"][name]) == {"achieved_bytes_per_s", "measured_bytes_per_s"}

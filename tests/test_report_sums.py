@@ -30,6 +30,14 @@ def test_tracked_bytes_explain_the_growth_of_resident_memory(told: dict[str, Any
     assert told["growth"] >= 0.97 * told["tracked"], told  # and nothing is counted that is not there
 
 
+def test_the_report_says_what_its_own_growth_is(told: dict[str, Any]) -> None:
+    """Over whole steps, where the heap keeps what was freed; memory that somebody else holds is not explained by that."""
+    process, others = told["process"], told["process_with_others"]
+    assert process["growth_bytes"] > 100e6 and process["heap_free_bytes"] > 0
+    assert process["untracked_bytes"] <= 0.03 * process["growth_bytes"], process
+    assert others["untracked_bytes"] >= process["untracked_bytes"] + 0.9 * told["others"], others
+
+
 def test_file_sizes_are_what_the_ledger_holds(told: dict[str, Any]) -> None:
     assert told["data_file"] == told["held_by_drive"]
     assert told["files"] == pytest.approx(told["held_on_nvme"], rel=0.01)

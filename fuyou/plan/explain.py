@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fuyou.core.sizes import format_bytes
-from fuyou.plan.cost import BlockNumbers, Prediction, Question, predict
+from fuyou.plan.cost import BlockNumbers, Prediction, Question, peak_bytes, predict
 
 WORDS = {
     "compute": "compute on the device",
@@ -20,6 +20,8 @@ WORDS = {
 
 
 WORTH = 1.03  # a gain below this is not worth saying
+PARTS = (0.25, 0.5, 0.75, 1.0)  # of the state that is not in host memory, for which more of it is tried
+NEARLY_ALL = 0.9  # of a gain
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ def remedies(prediction: Prediction) -> list[Remedy]:
     """
     question = prediction.question
     changes = [_drives, _device, _link, _memory_bandwidth, _host_memory, _batch]
-    single = [found for change in changes if (found := _gain(prediction, change(question))) is not None]
+    others = [change for change in changes if change is not _host_memory]
+    single = [found for change in others if (found := _gain(prediction, change(question))) is not None]
+    single += _amounts_of_host_memory(prediction)
     pairs = [
         found
         for one, other in itertools.combinations(changes[:-1], 2)
@@ -97,12 +101,36 @@ def _memory_bandwidth(question: Question) -> Change:
     return replace(question, machine=machine), "twice the memory bandwidth", 1
 
 
-def _host_memory(question: Question) -> Change:
-    choice = replace(question.choice, host_weights=1.0, host_gradients=1.0, host_state=1.0)
-    if choice == question.choice:
+def _host_memory(question: Question, part: float = 1.0) -> Change:
+    """Memory for `part` of the state that is not there yet."""
+    before = question.choice
+    weights, gradients, state = (
+        share + part * (1 - share) for share in (before.host_weights, before.host_gradients, before.host_state)
+    )
+    if before.host_weights == before.host_gradients == before.host_state == 1:
         return None
-    needed = predict(question.machine, question.blocks, choice, question.traffic).tier_bytes("host")
-    return replace(question, choice=choice), f"{format_bytes(needed)} of ram, for all of the model's state", 1
+    its = replace(question, choice=replace(before, host_weights=weights, host_gradients=gradients, host_state=state))
+    held = _in_host_memory(its)
+    whole = _in_host_memory(replace(question, choice=replace(before, host_weights=1, host_gradients=1, host_state=1)))
+    more = held - _in_host_memory(question)
+    what = "all" if part == 1 else f"{held / whole:.0%}"
+    return its, f"{format_bytes(more)} more ram, to keep {what} of the model's state in memory", 1
+
+
+def _in_host_memory(question: Question) -> int:
+    """Bytes of the model's state there."""
+    held = peak_bytes(question.machine, question.blocks, question.choice, question.traffic)["host"]
+    return sum(held[kind] for kind in ("weights", "gradients", "optimizer"))
+
+
+def _amounts_of_host_memory(prediction: Prediction) -> list[Remedy]:
+    """The least amount that is worth saying, and the least that helps nearly as much as room for all of the state."""
+    tried = [_gain(prediction, _host_memory(prediction.question, part)) for part in PARTS]
+    found = [each for each in tried if each is not None]
+    if not found:
+        return []
+    enough = next(each for each in found if each.gain - 1 >= NEARLY_ALL * (found[-1].gain - 1))
+    return [found[0]] if enough is found[0] else [found[0], enough]
 
 
 def _batch(question: Question) -> Change:

@@ -29,7 +29,7 @@ DAY_S = 86400.0
 def gather(
     tiers: Tiers, movers: Movers, units: Sequence[Unit], baseline: Mapping[str, int], device: torch.device
 ) -> dict[str, Any]:
-    """The content of a report, as Report.dict describes it. `baseline`: {rss, device, committed} bytes when `wrap` was done."""
+    """The content of a report, as Report.dict describes it. `baseline`: {rss, device, committed, heap_free} bytes when `wrap` was done."""
     steps = list(movers.clock.steps)
     warm = steps[1:] or steps  # the first step also finds its way
     traffic = {
@@ -74,8 +74,8 @@ def gather(
 def _process(
     tiers: Tiers, baseline: Mapping[str, int], memory: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """Of the growth of resident memory since `wrap`, what the ledger held at the highest that was noted, torch's temporaries, and
-    what nobody has charged. On a CPU the device tier is resident memory too."""
+    """Of the growth of resident memory since `wrap`, what the ledger held at the highest that was noted, torch's temporaries,
+    freed memory that the heap holds, and what nobody has charged. On a CPU the device tier is resident memory too."""
     recorder = tiers.recorder
     tracked = recorder.held_then.get("committed", 0) - baseline["committed"]
     reserve = 0
@@ -84,6 +84,10 @@ def _process(
         reserve = memory["device"]["reserve_bytes"]
     growth = max(0, recorder.most_resident - baseline["rss"])
     tracked = max(0, tracked) if growth else 0
+    left = max(0, growth - tracked)
+    temporaries = min(reserve, left)
+    # Not all that the heap says is free has pages: at most as much as nothing else explains.
+    heap_free = min(max(0, recorder.held_then.get("heap_free", 0) - baseline["heap_free"]), left - temporaries)
     group = read_memory().tightest()
     content: dict[str, Any] = {
         "baseline_rss_bytes": baseline["rss"],
@@ -92,8 +96,9 @@ def _process(
         "committed_host_bytes": tiers.committed_bytes,
         "growth_bytes": growth,
         "tracked_growth_bytes": tracked,
-        "temporaries_bytes": min(reserve, max(0, growth - tracked)),
-        "untracked_bytes": max(0, growth - tracked - reserve),
+        "temporaries_bytes": temporaries,
+        "heap_free_bytes": heap_free,
+        "untracked_bytes": left - temporaries - heap_free,
         "control_group_limit_bytes": group.limit_bytes if group is not None else None,
         "control_group_used_bytes": group.used_bytes if group is not None else None,
     }

@@ -25,6 +25,10 @@ SHOWN = (
     "adam",
     "commit",
 )
+NOT_MEASURED = (
+    "The drives were not measured alone: a run does that where its store takes a GiB or more of a drive. "
+    "<code>fuyou doctor --nvme FOLDER</code> measures at any time."
+)
 
 
 def page(content: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -101,7 +105,8 @@ def _memory_table(content: Mapping[str, Any]) -> str:
     text = (
         f"Resident memory of the process was {format_bytes(process['baseline_rss_bytes'])} when training began and grew by "
         f"{format_bytes(process['growth_bytes'])}: {format_bytes(process['tracked_growth_bytes'])} of that is in this table, "
-        f"{format_bytes(process['temporaries_bytes'])} are torch's temporaries, and "
+        f"{format_bytes(process['temporaries_bytes'])} are torch's temporaries, "
+        f"{format_bytes(process['heap_free_bytes'])} are freed memory that the C library keeps for later, and "
         f"{format_bytes(process['untracked_bytes'])} are untracked."
     )
     if limit:
@@ -171,9 +176,12 @@ def _traffic(content: Mapping[str, Any]) -> str:
     for lane, speed in content["speeds"].items():
         rate, alone = speed["achieved_bytes_per_s"], speed["measured_bytes_per_s"]
         rows.append([
-            LANES[lane], _size(content["traffic"][f"{lane}_bytes_per_step"]), _rate(rate), _rate(alone),
+            LANES[lane], _size(content["traffic"][f"{lane}_bytes_per_step"]), _rate(rate),
+            f"{_rate(alone)}, both ways together" if alone else "–",
         ])  # fmt: skip
-    return _table(["", "a step", "achieved", "measured alone"], rows)
+    unmeasured = content["drives"] and not content["speeds"]["nvme_read"]["measured_bytes_per_s"]
+    said = f"<p>{NOT_MEASURED}</p>" if unmeasured else ""
+    return _table(["", "a step", "achieved", "measured alone"], rows) + said
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:

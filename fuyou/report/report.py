@@ -32,7 +32,7 @@ class Report:
         | version | of this schema |
         | bound | resource ("compute", "host_to_device", "device_to_host", "nvme", "adam", or null), sentence, details |
         | tiers.{device,host,nvme} | budget_bytes, peak_bytes, reserve_bytes (torch's temporaries), by_category (at the peak), held_by_category (now) |
-        | process | baseline_rss_bytes (when wrap was done), peak_rss_bytes (of the process), rss_bytes (now), committed_host_bytes (arenas, leased or not); of the growth since wrap, at the highest that was noted: growth_bytes, tracked_growth_bytes, temporaries_bytes, untracked_bytes; control_group_limit_bytes, control_group_used_bytes (or null); on CUDA cuda_allocator |
+        | process | baseline_rss_bytes (when wrap was done), peak_rss_bytes (of the process), rss_bytes (now), committed_host_bytes (arenas, leased or not); of the growth since wrap, at the highest that was noted: growth_bytes, tracked_growth_bytes, temporaries_bytes, heap_free_bytes (freed, and kept by the C library for later), untracked_bytes; control_group_limit_bytes, control_group_used_bytes (or null); on CUDA cuda_allocator |
         | traffic | {nvme_read,nvme_write,host_to_device,device_to_host}_bytes_per_step |
         | steps | of the last 1000: seconds, stalls {cause: seconds}, traffic, nonfinite_gradients |
         | step_count | of this run |
