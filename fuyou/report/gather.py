@@ -29,7 +29,7 @@ DAY_S = 86400.0
 def gather(
     tiers: Tiers, movers: Movers, units: Sequence[Unit], baseline: Mapping[str, int], device: torch.device
 ) -> dict[str, Any]:
-    """The content of a report, as Report.dict describes it. `baseline`: {rss, device, committed, heap_free} bytes when `wrap` was done."""
+    """The content of a report, as Report.dict describes it. `baseline`: bytes of rss, device, committed, heap_free after `wrap`."""
     steps = list(movers.clock.steps)
     warm = steps[1:] or steps  # the first step also finds its way
     traffic = {
