@@ -415,6 +415,7 @@ class Run:
         self._open = True
         self.post_mortem = PostMortem(Path(self._folders[0] if self._folders else os.curdir), self._told)
         self._tiers.link.failed = self.post_mortem.notice
+        movers.gauge.looked = self.post_mortem.look
         movers.gauge.start()
         held, committed = self._ledger.held("device"), self._tiers.committed_bytes
         self._baseline = {"rss": rss_bytes(), "device": held, "committed": committed, "heap_free": heap_free_bytes()}

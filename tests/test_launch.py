@@ -10,32 +10,18 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from launch_tools import ENVIRONMENT, GIB, SHOWS, command, launched, paragraph
+from launch_tools import script as script
 
 import fuyou
-from fuyou.core.errors import ConfigError
-from fuyou.core.limits import cpu_quota, killed_for_memory, read_memory
-from fuyou.train.child import End
-from fuyou.train.cores import choose_cores, cores_of_pci_device, format_cores, parse_cores, physical_cores
-from fuyou.train.killed import explain
 
-GIB = 2**30
-OWN = [name for name in os.environ if name.startswith(("FUYOU_", "OMP_", "MKL_"))]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OWN}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # scripts run in another folder
-
-SHOWS = """
-    import json, os, sys
-    shown = {name: value for name, value in os.environ.items() if name.startswith(("FUYOU_", "OMP_", "MKL_"))}
-    print(json.dumps({"argv": sys.argv, "environment": shown, "cores": sorted(os.sched_getaffinity(0))}))
-"""
 # Counts the signals that reach it, says when it is ready, and ends 0.6 s after the first: time enough for a second.
 # With a second argument it also counts those that it was started to ignore.
 COUNTS = """
@@ -69,35 +55,6 @@ def signals_at_their_defaults():
     yield
     for each, handler in before.items():
         signal.signal(each, handler)
-
-
-@pytest.fixture
-def script(tmp_path):
-    def write(text: str, name: str = "script.py") -> str:
-        path = tmp_path / name
-        path.write_text(textwrap.dedent(text))
-        return str(path)
-
-    return write
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "fuyou", "launch", *arguments]
-
-
-def launched(
-    *arguments: str, env: dict[str, str] | None = None, before: Sequence[str] = ()
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*before, *command(*arguments)], capture_output=True, text=True, timeout=60, env={**ENVIRONMENT, **(env or {})}
-    )
-
-
-def paragraph(done: subprocess.CompletedProcess, begin: str = "fuyou launch: ") -> str:
-    """The last line of standard error, which is the launcher's."""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(begin), done.stderr
-    return last
 
 
 # --- what the script is given --------------------------------------------------------------------------------------
@@ -228,7 +185,7 @@ def test_a_variable_that_means_nothing_is_named(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     model, optimizer = small()
     before = model.weight.detach().clone()
-    with pytest.raises(ConfigError, match=f"{variable}.*"):
+    with pytest.raises(fuyou.ConfigError, match=f"{variable}.*"):
         fuyou.wrap(model, optimizer)
     assert torch.equal(model.weight, before) and not hasattr(optimizer, "run")
 
@@ -480,250 +437,3 @@ def test_ctrl_z_at_a_terminal_stops_launcher_and_script(terminal, tmp_path):
     os.write(at.keys, b"\x03")
     assert at.read_until(r"status (-?\d+)\s") == "7"
     assert json.loads((tmp_path / "seen").read_text()) == ["SIGINT"] and not alive(at.script)
-
-
-# --- threads and cores ---------------------------------------------------------------------------------------------
-
-
-def test_threads_and_cores_are_chosen_said_and_left_alone_where_set(script):
-    path = script(SHOWS)
-    done = launched(path)
-    shown = json.loads(done.stdout)
-    threads = shown["environment"]["OMP_NUM_THREADS"]
-    assert 1 <= int(threads) <= len(os.sched_getaffinity(0))
-    assert shown["environment"] == {
-        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE",
-    }  # fmt: skip
-    assert f"{threads} compute thread" in paragraph(done)
-
-    own = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}
-    done = launched(path, env=own)
-    assert json.loads(done.stdout)["environment"] == own
-    assert "OMP_NUM_THREADS=3 as you set it" in paragraph(done)
-
-    core = max(os.sched_getaffinity(0))
-    shown = json.loads(launched("--threads", "5", "--cores", str(core), path, env=own).stdout)
-    assert shown["environment"]["OMP_NUM_THREADS"] == shown["environment"]["MKL_NUM_THREADS"] == "5"
-    assert shown["cores"] == [core]
-
-
-def test_lists_of_cores():
-    allowed = frozenset(range(12))
-    assert parse_cores("0-3, 8,5-5", allowed) == {0, 1, 2, 3, 5, 8}
-    for text in ("", "a", "3-1", "-1", "1-", "0,,1", "0-3-5"):
-        with pytest.raises(ConfigError, match="is not a list of cores"):
-            parse_cores(text, allowed)
-    with pytest.raises(ConfigError, match=r"names core 12, .* its cores are 0-11"):
-        parse_cores("3,9-12", allowed)
-    for cores in ({0}, {0, 1, 2}, {0, 2, 3, 9}, set(range(64)) - {7}):
-        assert parse_cores(format_cores(frozenset(cores)), frozenset(range(64))) == cores
-    assert format_cores(frozenset({0, 1, 2, 5, 7, 8})) == "0-2,5,7-8"
-
-
-def made(root: Path, files: dict[str, str]) -> Path:
-    """A folder with files as the kernel writes them."""
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def two_nodes(root: Path) -> Path:
-    """A machine of two NUMA nodes, 4 physical cores each with 2 threads, and a GPU at the second node."""
-    files = {
-        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 8},{n % 8 + 8}\n" for n in range(16)
-    }
-    for node in range(2):
-        files[f"sys/devices/system/node/node{node}/cpulist"] = "\n"
-    files["sys/bus/pci/devices/0000:3b:00.0/numa_node"] = "1\n"
-    files["sys/bus/pci/devices/0000:3b:00.0/local_cpulist"] = "4-7,12-15\n"
-    files["sys/bus/pci/devices/0000:01:00.0/numa_node"] = "-1\n"
-    files["sys/bus/pci/devices/0000:01:00.0/local_cpulist"] = "0-15\n"
-    return made(root, files)
-
-
-def test_the_gpus_node_and_physical_cores(tmp_path):
-    root = two_nodes(tmp_path)
-    near = frozenset({4, 5, 6, 7, 12, 13, 14, 15})
-    assert cores_of_pci_device("0000:3b:00.0", root) == near
-    assert cores_of_pci_device("00000000:3B:00.0\n", root) == near  # as some drivers write it
-    assert cores_of_pci_device("0000:01:00.0", root) is None  # it does not say
-    assert cores_of_pci_device("0000:99:00.0", root) is None
-    assert physical_cores(near, root) == 4 and physical_cores(frozenset({0, 1, 9}), root) == 2
-    (root / "sys/devices/system/node/node1/cpulist").unlink()
-    (root / "sys/devices/system/node/node1").rmdir()
-    assert cores_of_pci_device("0000:3b:00.0", root) is None  # one node
-
-
-def test_a_launch_binds_to_the_gpus_node(tmp_path, monkeypatch):
-    root = two_nodes(tmp_path)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr("fuyou.train.cores._cores_near_gpu", lambda *_: cores_of_pci_device("0000:3b:00.0", root))
-    chosen = choose_cores(None, None, True, "cuda", {}, root)
-    assert chosen.bound == {4, 5, 6, 7, 12, 13, 14, 15} and chosen.threads == 4
-    assert "bound to cores 4-7,12-15" in chosen.words and "NUMA" in chosen.words
-    chosen = choose_cores(None, None, False, "cuda", {}, root)
-    assert chosen.bound is None and chosen.threads == 8
-    assert choose_cores("0-1,8", None, True, "cuda", {}, root).bound == {0, 1, 8}
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})  # none of the node's: nothing is bound
-    assert choose_cores(None, None, True, "cuda", {}, root).bound is None
-
-
-# --- control groups ------------------------------------------------------------------------------------------------
-
-V2 = {
-    "proc/self/cgroup": "0::/user.slice/job.scope\n",
-    "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
-    "proc/meminfo": f"MemTotal:       {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable:   {50 * 2**20} kB\n",
-    "proc/vmstat": "nr_free_pages 1\noom_kill 3\n",
-    "sys/fs/cgroup/memory.stat": "",
-    "sys/fs/cgroup/user.slice/memory.max": f"{8 * GIB}\n",
-    "sys/fs/cgroup/user.slice/memory.current": f"{5 * GIB}\n",
-    "sys/fs/cgroup/user.slice/memory.peak": f"{7 * GIB}\n",
-    "sys/fs/cgroup/user.slice/memory.events": "low 0\nhigh 0\nmax 12\noom 1\noom_kill 2\noom_group_kill 0\n",
-    "sys/fs/cgroup/user.slice/cpu.max": "350000 100000\n",
-    "sys/fs/cgroup/user.slice/job.scope/memory.max": "max\n",
-    "sys/fs/cgroup/user.slice/job.scope/memory.current": f"{4 * GIB}\n",
-    "sys/fs/cgroup/user.slice/job.scope/memory.events": "oom 0\noom_kill 0\n",
-    "sys/fs/cgroup/user.slice/job.scope/cpu.max": "max 100000\n",
-}
-V1 = {
-    "proc/self/cgroup": "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n",
-    "proc/self/mountinfo": (  # a container's: its own group is the mount
-        "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
-        "36 31 0:33 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
-    ),
-    "proc/meminfo": f"MemTotal:       {64 * 2**20} kB\nMemAvailable:   {50 * 2**20} kB\n",
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
-    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
-    "sys/fs/cgroup/memory/memory.max_usage_in_bytes": f"{4 * GIB}\n",
-    "sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
-}
-
-
-def test_limits_of_control_groups_version_2(tmp_path):
-    """Files made as the kernel writes them: this machine may have the other version."""
-    root = made(tmp_path, V2)
-    before = read_memory(root)
-    group = before.tightest()
-    assert (group.limit_bytes, group.used_bytes, group.peak_bytes, group.oom_kills) == (8 * GIB, 5 * GIB, 7 * GIB, 2)
-    assert group.folder.endswith("user.slice") and before.total_bytes == 64 * GIB
-    assert cpu_quota(root) == 3.5
-    assert killed_for_memory(before, read_memory(root)) is False
-    made(root, {"sys/fs/cgroup/user.slice/memory.events": "oom 2\noom_kill 3\n"})
-    assert killed_for_memory(before, read_memory(root)).folder == group.folder
-    made(root, {**V2, "proc/vmstat": "oom_kill 4\n"})
-    assert killed_for_memory(before, read_memory(root)) is True
-
-
-def test_limits_of_control_groups_version_1_in_a_container(tmp_path):
-    root = made(tmp_path, V1)
-    group = read_memory(root).tightest()
-    assert (group.limit_bytes, group.used_bytes, group.peak_bytes, group.oom_kills) == (4 * GIB, 3 * GIB, 4 * GIB, 0)
-    assert cpu_quota(root) == 1.5
-    chosen = choose_cores(None, None, True, "cpu", {}, root)
-    assert chosen.threads == 1 and "grants 1.5 CPUs" in (
-        chosen.words if len(os.sched_getaffinity(0)) > 1 else "grants 1.5 CPUs"
-    )
-    made(root, {
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
-    })  # fmt: skip
-    assert read_memory(root).tightest() is None and cpu_quota(root) is None
-
-
-@contextlib.contextmanager
-def control_group(controller: str, files: dict[str, str]) -> Iterator[Path]:
-    """A real control group of our own, of version 1 or 2; skips where this user may make none."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        kind, _, options = right.split()[:3]
-        mount = Path(left.split()[4])
-        if kind == "cgroup" and controller in options.split(","):
-            break
-        if kind == "cgroup2" and controller in (mount / "cgroup.subtree_control").read_text().split():
-            break
-    else:
-        pytest.skip(f"no control group hierarchy with {controller} here: made-up files stand for it above")
-    folder = mount / f"fuyou-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here ({error.strerror}): made-up files stand for it above")
-    try:
-        for name, value in files.items():
-            for each in (name, {"memory.max": "memory.limit_in_bytes"}.get(name, name)):
-                if (folder / each).exists():
-                    (folder / each).write_text(value)
-        yield folder
-    finally:
-        deadline = time.monotonic() + 10
-        while folder.exists():
-            try:
-                folder.rmdir()
-            except OSError:  # its last process is dying
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
-
-def test_a_real_death_for_want_of_memory_names_group_and_limit(script):
-    eats = script("held = []\nwhile True:\n    held.append(bytearray(2**20))\n")
-    with control_group("memory", {"memory.max": str(200 * 2**20)}) as folder:
-        inside = ["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"]
-        done = launched("--ram", "3GiB", eats, before=inside)
-    said = paragraph(done)
-    assert done.returncode == 137
-    assert f"the kernel has counted the kill in the control group {folder}" in said
-    assert f"The control group {folder} is limited to 200.00 MiB" in said and "ram=3GiB" in said
-    held = float(re.search(r"It held ([\d.]+) MiB", said)[1])
-    assert 100 < held <= 200
-
-
-def test_a_worker_killed_for_memory_is_told_of_too(script):
-    """The script itself lives on, and ends with a status of its own."""
-    path = script("""
-        import os, sys
-        worker = os.fork()
-        held = []
-        while worker == 0:
-            held.append(bytearray(2**20))
-        _, status = os.waitpid(worker, 0)
-        sys.exit(5 if os.WIFSIGNALED(status) else 0)
-    """)
-    with control_group("memory", {"memory.max": str(200 * 2**20)}) as folder:
-        done = launched(path, before=["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"])
-    assert done.returncode == 5
-    assert f"killed a process for memory in the control group {folder}" in paragraph(done)
-
-
-def test_the_words_for_want_of_memory(tmp_path):
-    """From files made as the kernel writes them, for machines where no real group can be made."""
-    root = made(tmp_path, V2)
-    before = read_memory(root)
-    made(root, {"sys/fs/cgroup/user.slice/memory.events": "oom 2\noom_kill 3\n"})
-    after, group = read_memory(root), f"{tmp_path}/sys/fs/cgroup/user.slice"
-    said = explain(End(-9, 6 * GIB), before, after, {"FUYOU_RAM": "9GiB", "FUYOU_NVME": "/mnt"}, None)
-    for words in (
-        "SIGKILL (signal 9; exit status 137)", f"counted the kill in the control group {group}", "It held 6.00 GiB",
-        "ram=9GiB, gpu left to fuyou.wrap, nvme_limit left to fuyou.wrap, nvme=/mnt",
-        f"{group} is limited to 8.00 GiB, 5.00 GiB in use now, 7.00 GiB at its highest",
-        "the machine has 64.00 GiB, 50.00 GiB of it free now", "lower --ram",
-    ):  # fmt: skip
-        assert words in said
-    assert "Most likely" not in said and "\n" not in said
-    assert "Most likely" in explain(End(-9, GIB), after, after, {}, None)
-    assert explain(End(1, GIB), after, after, {}, None) == explain(End(0, GIB), before, after, {}, None) == ""
-    assert "killed a process for memory" in explain(End(1, GIB), before, after, {}, None)
-    assert "/dev/shm has 64.00 MiB, 60.00 MiB of it in use" in explain(
-        End(-7, GIB), after, after, {}, (64 * 2**20, 4 * 2**20)
-    )
-    assert "there is no /dev/shm here" in explain(End(-7, GIB), after, after, {}, None)
-
-
-def test_a_real_quota_sets_the_threads(script):
-    with control_group("cpu", {"cpu.max": "100000 100000", "cpu.cfs_quota_us": "100000"}) as folder:
-        inside = ["sh", "-c", f'echo $$ > "{folder}/cgroup.procs" && exec "$@"', "sh"]
-        done = launched(script(SHOWS), before=inside)
-    assert json.loads(done.stdout)["environment"]["OMP_NUM_THREADS"] == "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from control_groups import control_group
 from models import Gpt
 from torch import nn
 
@@ -88,6 +90,42 @@ def test_a_budget_that_was_lied_about(nvme: Path) -> None:
     held = content["tiers"]["device"]["held_by_category"]
     assert held["activations"] > 1 << 20  # as it was when it was raised, not after it had been unwound
     assert content["step_count"] == 1 and content["step"]["number"] == 1
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+Path(sys.argv[3], "cgroup.procs").write_text(str(os.getpid()))
+import torch
+sys.path.insert(0, sys.argv[2])
+from models import Gpt
+import fuyou
+model = Gpt()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+run = fuyou.wrap(model, optimizer, nvme=sys.argv[1], ram="16MiB", gpu="2GiB", device="cpu")
+run.post_mortem.folder = Path(sys.argv[1]).parent
+kept = []
+while True:
+    tokens = torch.randint(0, 1237, (2, 64))
+    model(tokens, labels=tokens).backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    kept.append(torch.ones(1 << 19))  # 2 MiB a step
+    print(len(kept), flush=True)
+"""
+
+
+def test_a_control_group_that_is_nearly_full_is_told_before_the_kernel_kills(nvme: Path, tmp_path: Path) -> None:
+    (nvme / "store").mkdir()
+    with control_group("memory", {"memory.max": str(1 << 30)}) as group:  # torch takes half of it
+        arguments = [str(nvme / "store"), str(Path(__file__).parent), str(group)]
+        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=110)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    content = content_in(nvme)
+    assert content["error"]["type"] == "MemoryPressure" and str(group) in content["error"]["message"]
+    steps = len(done.stdout.split())
+    assert steps - 40 < content["step_count"] < steps  # near the limit, not long before
+    assert f"The control group {group}" in done.stderr and "post-mortem.html" in done.stderr
 
 
 class Stumbling(nn.Module):

@@ -5,10 +5,10 @@ import random
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from control_groups import control_group
 from torch import nn
 
 import fuyou
@@ -312,12 +312,7 @@ class TestClose:
 
 def test_free_memory_is_what_the_own_control_group_has_left():
     """A group below the root one, as systemd and containers make them."""
-    group = Path(f"/sys/fs/cgroup/memory/fuyou-test-{os.getpid()}")
-    if os.geteuid() != 0 or not group.parent.joinpath("memory.limit_in_bytes").exists():
-        pytest.skip("no control groups of version 1 to be written here")
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(1 << 30))
+    with control_group("memory", {"memory.max": str(1 << 30)}) as group:
         found = subprocess.run(
             [
                 sys.executable, "-c",
@@ -327,5 +322,20 @@ def test_free_memory_is_what_the_own_control_group_has_left():
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         assert 0 < int(found) <= 1 << 30
-    finally:
-        group.rmdir()
+
+
+def test_free_memory_counts_caches_of_files_as_free(tmp_path):
+    """The kernel takes them back before it kills; the import of a model leaves as much of them as the group has room for."""
+    with control_group("memory", {"memory.max": str(1 << 30)}) as group:
+        free = subprocess.run(
+            [
+                sys.executable, "-c",
+                f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+                "from fuyou.runtime.measure import free_host_bytes\n"
+                f"before = free_host_bytes(); path = {str(tmp_path / 'file')!r}\n"
+                "file = open(path, 'wb'); file.write(bytes(400 << 20)); file.flush(); os.fsync(file.fileno())\n"
+                "print(before - free_host_bytes())",
+            ],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert int(free) < 100 << 20

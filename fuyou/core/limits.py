@@ -22,9 +22,17 @@ class MemoryGroup:
 
     folder: str
     limit_bytes: int | None
-    used_bytes: int | None
+    used_bytes: int | None  # caches of files included
     peak_bytes: int | None
     oom_kills: int | None  # processes of it that the kernel has killed for memory
+    cache_bytes: int = 0  # of what is used: pages of files, which the kernel takes back before it kills
+
+    @property
+    def free_bytes(self) -> int | None:
+        """That the limit leaves, caches taken back; None without a limit."""
+        if self.limit_bytes is None:
+            return None
+        return max(0, self.limit_bytes - max(0, (self.used_bytes or 0) - self.cache_bytes))
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def read_memory(root: Path = Path("/")) -> Memory:
     return Memory(
         int(info.get("MemTotal", 0)) * 1024,
         int(info.get("MemAvailable", 0)) * 1024,
-        tuple(_memory_group(folder) for folder in _group_folders("memory", root)),
+        tuple(memory_group(folder) for folder in _group_folders("memory", root)),
         int(kills[1]) if kills else 0,
     )
 
@@ -87,7 +95,8 @@ def shared_memory(root: Path = Path("/")) -> tuple[int, int] | None:
     return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
 
 
-def _memory_group(folder: Path) -> MemoryGroup:
+def memory_group(folder: Path) -> MemoryGroup:
+    """The group of this folder, as it is now."""
     events = _text(folder / "memory.events") or _text(folder / "memory.oom_control")
     kills = re.search(r"^oom_kill (\d+)", events, re.MULTILINE)
     limit = _number(folder, "memory.max", "memory.limit_in_bytes")
@@ -97,7 +106,15 @@ def _memory_group(folder: Path) -> MemoryGroup:
         _number(folder, "memory.current", "memory.usage_in_bytes"),
         _number(folder, "memory.peak", "memory.max_usage_in_bytes"),
         int(kills[1]) if kills else None,
+        sum(_file_pages(_text(folder / "memory.stat"))),
     )
+
+
+def _file_pages(stat: str) -> list[int]:
+    """Bytes of pages of files, those of groups below included (version 1 counts these under names of their own)."""
+    found = re.findall(r"^(total_)?(?:in)?active_file (\d+)", stat, re.MULTILINE)
+    totals = [int(count) for total, count in found if total]
+    return totals or [int(count) for _, count in found]
 
 
 def _group_folders(controller: str, root: Path) -> list[Path]:

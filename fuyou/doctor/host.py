@@ -51,12 +51,8 @@ def numa_nodes(root: Path = Path("/")) -> tuple[NumaNode, ...]:
 def host_memory(root: Path = Path("/")) -> HostMemory:
     memory = read_memory(root)
     group = memory.tightest()
-    left = [
-        max(0, each.limit_bytes - each.used_bytes)
-        for each in memory.groups
-        if each.limit_bytes is not None and each.used_bytes is not None
-    ]
-    available = min(memory.available_bytes, *left) if left else memory.available_bytes
+    left = [each.free_bytes for each in memory.groups if each.free_bytes is not None]
+    available = min([memory.available_bytes, *left])
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shm = shared_memory(root)
     return HostMemory(

@@ -52,8 +52,7 @@ def free_host_bytes() -> int:
     except OSError:  # no descriptor left: less than there is, since caches are not counted as free
         free = os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
     for group in read_memory().groups:  # its own and those above it, as containers and systemd set them
-        if group.limit_bytes is not None:
-            free = min(free, max(0, group.limit_bytes - (group.used_bytes or 0)))
+        free = min(free, free if group.free_bytes is None else group.free_bytes)
     return free
 
 
@@ -131,6 +130,7 @@ class TemporariesGauge:
         self, ledger: Ledger, *, active: bool, committed: Callable[[], int], recorder: Recorder | None = None
     ) -> None:
         """`committed()`: bytes of host memory that the run has taken by now, some of it perhaps after `start`."""
+        self.looked: Callable[[], None] = lambda: None  # called whenever resident memory is noted
         self._recorder = recorder or Recorder(1)
         self._next_look_s = 0.0
         self._ledger = ledger
@@ -177,6 +177,7 @@ class TemporariesGauge:
         if now < self._next_look_s:
             return
         self._next_look_s = now + self.LOOK_S
+        self.looked()
         if self._recorder.resident(rss_bytes()):
             held = {tier: self._ledger.held(tier) for tier in TIERS}
             self._recorder.held_then = held | {"committed": self._committed(), "heap_free": heap_free_bytes()}
