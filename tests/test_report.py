@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import html.parser
+import io
 import json
 import math
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from fuzzing import COUNTS, changed, fuzz, spoilt
+from hypothesis import strategies as st
 from jobs import SETTINGS, make_inputs, write_job
 from models import Gpt
 
 import fuyou
 from fuyou.core.ledger import CATEGORIES, TIERS
 from fuyou.core.recorder import LANES
+from fuyou.train.report_job import report_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 NUMBER = (int, float)
@@ -199,6 +204,32 @@ def test_a_folder_without_a_report_is_told(
         (tmp_path / "report.json").write_text(text)
     assert main(["report", str(tmp_path)]) == 2
     assert "report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_files_of_any_content_are_shown_or_told(report: fuyou.Report, place: Path, count: int) -> None:
+    """Of a run, of the one that it is compared with, and its metrics."""
+    good = json.loads(json.dumps(report.dict()))
+    step = good["step"]
+    step["lanes"] = {lane: spans[:3] for lane, spans in step["lanes"].items()}
+    step["memory"] = {tier: series[:3] for tier, series in step["memory"].items()}
+    other = place / "other"
+    other.mkdir()
+    line = {"step": 1, "loss": 2.5, "tokens": 32, "seconds": 0.5}
+
+    def check(given: tuple[bytes, bytes, bool]) -> None:
+        content, metrics, beside = given
+        for folder, text in ((place, content), (other, json.dumps(good).encode())):
+            (folder / "report.json").write_bytes(text)
+        (place / "metrics.jsonl").write_bytes(json.dumps(line).encode() + b"\n" + metrics)
+        with contextlib.redirect_stdout(io.StringIO()):
+            for run, before in ((place, other if beside else None), (other, place)):
+                report_run(run, before, False)
+
+    def encoded(document: Any) -> st.SearchStrategy[bytes]:
+        return changed(document).map(lambda value: json.dumps(value).encode()) | spoilt(json.dumps(document).encode())
+
+    fuzz(check, st.tuples(encoded(good), encoded(line), st.booleans()), count)
 
 
 def test_a_job_writes_its_page_and_says_how_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

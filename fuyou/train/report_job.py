@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fuyou.core.errors import ConfigError
+from fuyou.core.errors import ConfigError, FuyouError
 from fuyou.report import Report
 
 NAMES = ("report", "post-mortem")  # .json, in a run's folder
@@ -19,16 +20,33 @@ def report_run(run: Path, other: Path | None, show: bool) -> None:
     """Print the table, or with `other` the figures of both; write page and trace into `run`; ConfigError for a folder without
     a report."""
     report, name = read_report(run)
-    if other is not None:
-        print(report.compared(read_report(other)[0], (str(run), str(other))))
-    else:
-        print(report.table())
     page, trace = run / f"{name}.html", run / "trace.json"
-    report.save(page)
-    report.trace(trace)
+    with told_as_damaged(run / f"{name}.json"):
+        if other is not None:
+            before, its_name = read_report(other)
+            with told_as_damaged(other / f"{its_name}.json"):
+                before.table()
+            print(report.compared(before, (str(run), str(other))))
+        else:
+            print(report.table())
+        report.save(page)
+        report.trace(trace)
     print(f"\npage           {page}\ntrace          {trace} (ui.perfetto.dev opens it)")
     if show:
         webbrowser.open(page.absolute().as_uri())
+
+
+@contextlib.contextmanager
+def told_as_damaged(path: Path) -> Iterator[None]:
+    """Whatever a report that is not as fuyou wrote it makes its readers raise is a ConfigError that names the file."""
+    try:
+        yield
+    except FuyouError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}, or metrics.jsonl beside it, is not as fuyou wrote it ({type(error).__name__}: {error}): run the job anew."
+        ) from error
 
 
 def read_report(run: Path) -> tuple[Report, str]:
