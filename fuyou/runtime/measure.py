@@ -124,7 +124,7 @@ class TemporariesGauge:
     TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
     INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
 
-    LOOK_S = 0.02  # how often resident memory is noted for the report, at most
+    LOOK_S = 0.1  # how often resident memory is noted for the report, at most
 
     def __init__(
         self, ledger: Ledger, *, active: bool, committed: Callable[[], int], recorder: Recorder | None = None
