@@ -324,6 +324,7 @@ class Run:
                 warnings.warn(self._schedule.torn, stacklevel=2)
                 self._updates.give_up()
             unsaved = self._saves.problem()
+            self._tiers.link.lift()  # weights that came from a GPU go back there
             given_back = self._handing_back.give()
             if not given_back:
                 self._leave_on_disk(self._handing_back.weight_bytes)
@@ -409,7 +410,7 @@ class Run:
         )
         self._handing_back = HandingBack(self._members.values(), movers, self.optimizer, self._passed)
         self._passed.state.clear()
-        self._tiers.link.limit()
+        self._tiers.link.limit(self._buffer_bytes + self._ledger.held("device"))
         self._installation.replace_step(self._passed)
         self._ledger.charge("device", "weights", self._buffer_bytes, "the model's buffers")
         self._open = True

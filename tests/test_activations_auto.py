@@ -16,7 +16,7 @@ from fuyou.plan.candidates import Measured, Operation, candidates, numbers_of, w
 from fuyou.plan.cost import FUYOU_FP32, Choice
 from fuyou.plan.machine import Drive, Machine
 from fuyou.runtime.placing import Auto, Decided, Plan
-from fuyou.runtime.profile import BlockProfile, Profiler, StepProfile
+from fuyou.runtime.profile import BlockProfile, Profiler, StepProfile, Stopwatch
 from fuyou.runtime.remembered import Remembered
 from fuyou.swap import stash
 from fuyou.swap.placement import Placement
@@ -156,7 +156,7 @@ def simulated(seconds: dict[str, float], sizes: list[int], room: int = 1 << 40) 
     plans = [Plan(name, {0: Placement("keep" if name == "keep" else "nvme")}, 1.0) for name in seconds]
     told = Told(plans, room)
     settled = told.settled
-    auto = Auto(told, Watched)
+    auto = Auto(told, Watched, Stopwatch(torch.device("cpu")))
     did = []
     for size in sizes:
         auto.begin_forward(size)

@@ -34,7 +34,7 @@ class Ledger:
         self._reserve = dict.fromkeys(TIERS, 0)
         self._peak = dict.fromkeys(TIERS, 0)
         self._at_peak = {tier: dict.fromkeys(CATEGORIES, 0) for tier in TIERS}
-        self._most = dict.fromkeys(TIERS, 0)
+        self._watermarks: dict[str, list[Watermark]] = {tier: [] for tier in TIERS}
         # Called in their order before the device's budget refuses, until it fits: discharges something, or returns False.
         self.relievers: list[Callable[[], bool]] = []
 
@@ -101,11 +101,12 @@ class Ledger:
         with self._lock:
             return self._held[tier][category] if category else sum(self._held[tier].values())
 
-    def most_held(self, tier: str) -> int:
-        """The most bytes held at once, the reserve left out, since this was asked last."""
+    def watermark(self, tier: str) -> Watermark:
+        """One of its own for whoever asks; it is kept as long as the ledger is."""
+        mark = Watermark(self, tier)
         with self._lock:
-            most, self._most[tier] = self._most[tier], sum(self._held[tier].values())
-            return most
+            self._watermarks[tier].append(mark)
+        return mark
 
     def room(self, tier: str) -> int:
         with self._lock:
@@ -151,7 +152,8 @@ class Ledger:
 
     def _note_peak(self, tier: str) -> None:
         held = sum(self._held[tier].values())
-        self._most[tier] = max(self._most[tier], held)
+        for mark in self._watermarks[tier]:
+            mark.most = max(mark.most, held)
         total = held + self._reserve[tier]
         if total > self._peak[tier]:
             self._peak[tier] = total
@@ -168,3 +170,16 @@ class Ledger:
             f"give {argument} at least {needed} bytes, or take a smaller batch or shorter sequences"
             + (", or run blocks on some rows of it at a time: Config(micro_batch=…)." if tier == "device" else ".")
         )
+
+
+class Watermark:
+    """The most bytes of a tier held at once since it was asked last, the reserve left out."""
+
+    def __init__(self, ledger: Ledger, tier: str) -> None:
+        self.most = 0
+        self._ledger = ledger
+        self._tier = tier
+
+    def take(self) -> int:
+        most, self.most = self.most, self._ledger.held(self._tier)
+        return max(most, self.most)

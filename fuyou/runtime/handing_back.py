@@ -28,6 +28,7 @@ class HandingBack:
         self._movers = movers
         self._optimizer = optimizer
         self._passed = passed
+        self._warned = False
 
     @property
     def weight_bytes(self) -> int:
@@ -64,15 +65,30 @@ class HandingBack:
         grad = parameter.grad
         if isinstance(grad, GradientHandle):
             with self._movers.gradients.borrowed(grad.gradient) as value:
-                grad = value.to(device, copy=True)
+                grad = self._at(value, device)
+                grad = grad.clone() if grad is value else grad
         if with_state and parameter in self._optimizer.state:
             state = self._optimizer.state.leave(member)
             state.pop("master", None)
             self._passed.state[parameter] = {
-                kind: value if kind == "step" else value.to(device, dtype) for kind, value in state.items()
+                kind: value if kind == "step" else self._at(value.to(dtype), device) for kind, value in state.items()
             }
         value = torch.empty(member.entry.count, dtype=member.unit.dtype, device="cpu")
         self._movers.swapper.read_member(member, value)
         parameter.grad = None
-        self._movers.away.give_back(member, value.view(member.entry.shape).to(device))
-        parameter.grad = grad
+        self._movers.away.give_back(member, self._at(value.view(member.entry.shape), device))
+        parameter.grad = grad.to(parameter.device) if grad is not None else None
+
+    def _at(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """There, or as it is where the device has no room for it: weights that stay in host memory are not lost."""
+        try:
+            return value.to(device)
+        except torch.OutOfMemoryError:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{device} has no room for all that the run gives back: some of it stays in host memory. Free what is there, "
+                    f"then model.to({str(device)!r}).",
+                    stacklevel=6,
+                )
+            return value

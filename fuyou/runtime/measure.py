@@ -9,13 +9,12 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fuyou.core.ledger import TIERS, Ledger
 from fuyou.core.limits import read_memory
 from fuyou.core.recorder import Recorder
 
@@ -105,82 +104,6 @@ class StepClock:
             self.steps.append(record)
             self._recorder.step(self.count, self._started, now)
         self._stalls, self._started = {}, None
-
-
-class TemporariesGauge:
-    """Torch's temporaries on a CPU device, which no allocator reports: the resident memory that nobody charged.
-
-    Sampled at every block's edge and at every gradient; the highest is the device tier's reserve. Freed heap pages that
-    glibc keeps are no temporaries (it keeps as much as it likes: an aligned block does not fit where one of its size was
-    freed), so they are given back to the system before a higher one is believed. In the first steps a total over the
-    budget is refused; later growth is the process's own (its data, its caches), and counts only near the budget. On CUDA
-    the allocator itself is limited, and this does nothing.
-    """
-
-    REFUSING_STEPS = 2
-    TRIM_SHARE = (
-        0.9  # of the budget: from here on growth counts after the first steps too, and the heap is trimmed for it
-    )
-    TRIM_BYTES = 8 * 2**20  # growth since the last time that makes another worth its while
-    INTERVAL_S = 0.05  # once nothing is refused any more: looking costs more than it tells
-
-    LOOK_S = 0.1  # how often resident memory is noted for the report, at most
-
-    def __init__(
-        self, ledger: Ledger, *, active: bool, committed: Callable[[], int], recorder: Recorder | None = None
-    ) -> None:
-        """`committed()`: bytes of host memory that the run has taken by now, some of it perhaps after `start`."""
-        self.looked: Callable[[], None] = lambda: None  # called whenever resident memory is noted
-        self._recorder = recorder or Recorder(1)
-        self._next_look_s = 0.0
-        self._ledger = ledger
-        self._committed = committed
-        self._active = active
-        self._baseline = 0
-        self._highest = 0
-        self._trimmed_at = 0
-        self._steps = 0
-        self._next_s = 0.0
-
-    def start(self) -> None:
-        """From here on what is neither committed nor charged is temporary: the device tier is nearly empty."""
-        trim_heap()
-        self._baseline = rss_bytes() - self._ledger.held("device") - self._committed()
-
-    def sample(self, leaving_bytes: int = 0) -> None:
-        """`leaving_bytes`: what the caller knows of that is about to be charged."""
-        self._look()
-        if not self._active or (self._steps >= self.REFUSING_STEPS and time.monotonic() < self._next_s):
-            return
-        self._next_s = time.monotonic() + self.INTERVAL_S
-        held = self._ledger.held("device") + leaving_bytes
-        baseline = self._baseline + self._committed()
-        uncharged = rss_bytes() - baseline - held
-        early = self._steps < self.REFUSING_STEPS
-        if uncharged <= self._highest or not (
-            early or held + uncharged > self.TRIM_SHARE * self._ledger.budgets["device"]
-        ):
-            return
-        if uncharged > self._trimmed_at + self.TRIM_BYTES:
-            trim_heap()
-            uncharged = self._trimmed_at = rss_bytes() - baseline - held
-        if uncharged > self._highest:
-            self._highest = uncharged
-            self._ledger.set_reserve("device", uncharged, refuse=early)
-
-    def end_step(self) -> None:
-        self._steps += 1
-
-    def _look(self) -> None:
-        """Note resident memory, and at its highest what is held."""
-        now = time.monotonic()
-        if now < self._next_look_s:
-            return
-        self._next_look_s = now + self.LOOK_S
-        self.looked()
-        if self._recorder.resident(rss_bytes()):
-            held = {tier: self._ledger.held(tier) for tier in TIERS}
-            self._recorder.held_then = held | {"committed": self._committed(), "heap_free": heap_free_bytes()}
 
 
 def trim_heap() -> None:

@@ -11,11 +11,12 @@ from fuyou.core.config import Config
 from fuyou.runtime.away import Away
 from fuyou.runtime.committing import Committing
 from fuyou.runtime.deciding import Deciding
-from fuyou.runtime.measure import StepClock, TemporariesGauge
+from fuyou.runtime.gauges import AllocatorGauge, Gauge, ResidentGauge
+from fuyou.runtime.measure import StepClock
 from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.placing import Auto, Fixed, Placing
 from fuyou.runtime.planned import Planned
-from fuyou.runtime.profile import Profiler
+from fuyou.runtime.profile import Profiler, Stopwatch
 from fuyou.runtime.schedule import BlockCalls, Schedule
 from fuyou.runtime.tiers import Tiers
 from fuyou.swap.activations import HookStack
@@ -78,8 +79,10 @@ class Movers:
             buffers=tiers.buffers(memory.piece_bytes, memory.buffers) if memory.buffers else None,
             stall=lambda: self.clock.stall("activations"), in_flight=tiers.in_flight, races=tiers.races,
         )  # fmt: skip
-        self.gauge = TemporariesGauge(
-            ledger, active=not tiers.link.is_cuda, committed=lambda: tiers.committed_bytes, recorder=tiers.recorder
+        self.gauge: Gauge = (
+            AllocatorGauge(tiers.link.device, ledger, committed=lambda: tiers.committed_bytes, recorder=tiers.recorder)
+            if tiers.link.is_cuda
+            else ResidentGauge(ledger, committed=lambda: tiers.committed_bytes, recorder=tiers.recorder)
         )
         self.model_calls = BlockCalls(None, "the model", model, [unit for unit in units if not unit.owners])
         calls = [
@@ -106,9 +109,11 @@ class Movers:
         )  # fmt: skip
         if config.activations != "auto":
             return Fixed(config.activations, PLACEMENTS[config.activations])
+        held = tiers.ledger.watermark("device")
         return Auto(
             self.deciding,
-            lambda: Profiler(tiers.link.device, self.clock.stalled_s, lambda: tiers.ledger.most_held("device")),
+            lambda: Profiler(tiers.link.device, self.clock.stalled_s, held.take),
+            Stopwatch(tiers.link.device),
         )
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fuyou.plan.candidates import worth_trying
-from fuyou.runtime.profile import FrameWatch, Profiler, StepProfile
+from fuyou.runtime.profile import FrameWatch, Profiler, StepProfile, StepTime, Stopwatch
 from fuyou.swap.activations import Watch
 from fuyou.swap.placement import Placement
 
@@ -59,6 +59,9 @@ class Placing(Protocol):
 
     def begin_backward(self, block: int) -> None: ...
 
+    def end_block(self) -> None:
+        """The backward of the block that began last is queued to its end."""
+
     def end_backward(self) -> None: ...
 
     def end_step(self, seconds: float) -> None: ...
@@ -88,6 +91,8 @@ class Fixed:
 
     def begin_backward(self, block: int) -> None: ...
 
+    def end_block(self) -> None: ...
+
     def end_backward(self) -> None: ...
 
     def end_step(self, seconds: float) -> None: ...
@@ -114,9 +119,11 @@ class Decider(Protocol):
 class Auto:
     """Watches, decides, tries and settles. `profiler()` makes a new one."""
 
-    def __init__(self, decider: Decider, profiler: Callable[[], Profiler]) -> None:
+    def __init__(self, decider: Decider, profiler: Callable[[], Profiler], stopwatch: Stopwatch) -> None:
         self._decider = decider
         self._profiler = profiler
+        self._stopwatch = stopwatch
+        self._began = stopwatch.mark()  # of this step's first forward
         self._steps = 0
         self._watching: Profiler | None = None
         self._bytes: Mapping[int, int] = {}  # that a block's forward saves, for a batch of `_size`
@@ -124,7 +131,9 @@ class Auto:
         self._plans: list[Plan] = []
         self._considered: list[Plan] = []
         self._plan: Plan | None = None
-        self._seconds: dict[str, list[float]] = {}  # a step and element, of the plans that have been tried
+        self._times: dict[
+            str, list[tuple[StepTime, int]]
+        ] = {}  # of the plans that have been tried: steps and their elements
         self._size = 0  # of the batch that the plan is for
         self._step_size = self._forward_size = 0  # of this step, of this forward
         self._recent: deque[int] = deque(maxlen=SMALL_STEPS)
@@ -150,7 +159,7 @@ class Auto:
                 each.name: {"seconds_per_step": each.seconds, "peak_bytes": dict(each.peak_bytes)}
                 for each in self._considered
             },
-            "tried": {name: [each * self._size for each in its] for name, its in self._seconds.items()},
+            "tried": {name: [each * self._size for each in self._seconds(name)] for name in self._times},
             "words": self._plan.words,
             "blocks": dict(Counter(str(each) for each in self._plan.placements.values())),
         }
@@ -167,6 +176,8 @@ class Auto:
         return placement, None
 
     def begin_forward(self, size: int) -> None:
+        if not self._step_size:
+            self._began = self._stopwatch.mark()
         self._forward_size = size
         self._step_size += size
 
@@ -174,16 +185,21 @@ class Auto:
         if self._watching is not None:
             self._watching.backward_begins(block)
 
+    def end_block(self) -> None:
+        if self._watching is not None:
+            self._watching.block_ends()
+
     def end_backward(self) -> None:
         if self._watching is not None:
             self._watching.backward_ends()
 
     def end_step(self, seconds: float) -> None:
+        took = StepTime(seconds, self._began, self._stopwatch.mark())
         size, self._step_size = self._step_size, 0
         self._steps += 1
         self._recent.append(self._forward_size)
         if self._watching is not None:
-            if self._watching.step_ends(seconds):
+            if self._watching.step_ends(took):
                 self._decide(self._watching.read())
         elif self._plan is None:
             if self._steps >= WARM_STEPS:
@@ -193,12 +209,16 @@ class Auto:
         ):
             self._watch()
         elif self.trying:
-            self._seconds.setdefault(self._plan.name, []).append(seconds / max(size, 1))
+            self._times.setdefault(self._plan.name, []).append((took, max(size, 1)))
             self._try_next()
+
+    def _seconds(self, name: str) -> list[float]:
+        """A step and element, of a plan that has been tried. On CUDA this waits for the last of these steps."""
+        return [took.seconds(self._stopwatch) / size for took, size in self._times.get(name, ())]
 
     def _watch(self) -> None:
         """Plan anew, unless that has been done for batches of this size."""
-        self._plan, self._plans, self._seconds = None, [], {}
+        self._plan, self._plans, self._times = None, [], {}
         known = self._decider.recall(self._forward_size)
         if known is None:
             self._watching = self._profiler()
@@ -229,11 +249,11 @@ class Auto:
             self._decider.remember(self._size, Decided(plan, self._bytes))
 
     def _try_next(self) -> None:
-        tried = [each for each in self._plans if len(self._seconds.get(each.name, ())) >= TRIED_STEPS]
+        tried = [each for each in self._plans if len(self._times.get(each.name, ())) >= TRIED_STEPS]
         if len(tried) < len(self._plans):
             self._follow(next(each for each in self._plans if each not in tried))
             return
-        plan = min(tried, key=lambda each: statistics.median(self._seconds[each.name][1:]))
+        plan = min(tried, key=lambda each: statistics.median(self._seconds(each.name)[1:]))
         self._follow(plan)
         self._plans = []
         self._decider.remember(self._size, Decided(plan, self._bytes))

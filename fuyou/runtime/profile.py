@@ -37,6 +37,19 @@ class Stopwatch:
         return first.elapsed_time(last) / 1e3
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """A step by the host's clock, and by marks of the device, which on CUDA may still be at it when `step()` has returned."""
+
+    host_s: float
+    first: Mark
+    last: Mark
+
+    def seconds(self, stopwatch: Stopwatch) -> float:
+        """The longer of the two."""
+        return max(self.host_s, stopwatch.seconds(self.first, self.last))
+
+
 @dataclass
 class ProfiledOperation:
     """A costly operation by its ordinal in the block's forward: seconds, bytes of its results, whether they can stand for
@@ -153,36 +166,37 @@ class Profiler:
         self._backward: tuple[BlockProfile, Mark, float] | None = None
         self._in_backward = False
         self._backward_count = 0
-        self._step_s: list[float] = []
+        self._step_times: list[StepTime] = []
         self._forward_bytes = self._backward_bytes = 0
 
     def of(self, block: int) -> BlockProfile:
         return self.blocks.setdefault(block, BlockProfile())
 
     def backward_begins(self, block: int) -> None:
-        """Its weights are there; the block's before it is through."""
+        """Its weights are there, or queued to come; the block's before it is through."""
         if not self._in_backward and not self.counting:
             self._forward_bytes = max(self._forward_bytes, self._most_held())
         self._in_backward = True
-        self._block_ends()
+        self.block_ends()
         self._backward = self.of(block), self.stopwatch.mark(), self._stalled()
 
     def backward_ends(self) -> None:
-        self._block_ends()
+        self.block_ends()
         self._in_backward = False
         if not self.counting:
             self._backward_count += 1
             self._backward_bytes = max(self._backward_bytes, self._most_held())
 
-    def step_ends(self, seconds: float) -> bool:
+    def step_ends(self, took: StepTime) -> bool:
         """Whether that was the last one to watch."""
         if self.counting:
             return True
-        self._step_s.append(seconds)
-        self.counting = len(self._step_s) >= TIMED_STEPS
+        self._step_times.append(took)
+        self.counting = len(self._step_times) >= TIMED_STEPS
         return False
 
-    def _block_ends(self) -> None:
+    def block_ends(self) -> None:
+        """The backward of the block that runs, if one does, is queued to its end; what comes next may be a wait on the device."""
         if self._backward is not None and not self.counting:
             profile, first, stalled_s = self._backward
             self._backwards.append((profile, first, self.stopwatch.mark(), self._stalled() - stalled_s))
@@ -191,7 +205,7 @@ class Profiler:
     def read(self) -> StepProfile | None:
         """Everything added up, once; None where no backward ran. The quickest step says how long one takes: what else the
         machine does only adds to it."""
-        steps = len(self._step_s)
+        steps = len(self._step_times)
         if not self._backward_count:
             return None
         seconds = self.stopwatch.seconds
@@ -204,4 +218,5 @@ class Profiler:
         for operation, first, last in self.operations:
             operation.seconds += seconds(first, last)
         backwards = max(1, round(self._backward_count / steps))
-        return StepProfile(self.blocks, backwards, min(self._step_s), self._forward_bytes, self._backward_bytes)
+        quickest = min(each.seconds(self.stopwatch) for each in self._step_times)
+        return StepProfile(self.blocks, backwards, quickest, self._forward_bytes, self._backward_bytes)

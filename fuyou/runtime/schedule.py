@@ -33,8 +33,9 @@ from fuyou.core.recorder import Recorder
 from fuyou.plan.planner import SLOT_BLOCKS
 from fuyou.runtime.away import Away
 from fuyou.runtime.foresight import Foresight
+from fuyou.runtime.gauges import Gauge
 from fuyou.runtime.handle import GradientHandle
-from fuyou.runtime.measure import StepClock, TemporariesGauge
+from fuyou.runtime.measure import StepClock
 from fuyou.runtime.micro_batch import MicroBatches
 from fuyou.runtime.placing import Placing
 from fuyou.runtime.state_handle import StateHandle
@@ -86,7 +87,7 @@ class Schedule:
         stash: Stash,
         hooks: HookStack,
         clock: StepClock,
-        gauge: TemporariesGauge,
+        gauge: Gauge,
         device: Device,
         placing: Placing,
         update: str,
@@ -327,6 +328,7 @@ class Schedule:
     def _leave_current(self) -> None:
         current, self._current = self._current, None
         if current is not None:
+            self._placing.end_block()  # before the compute stream is made to wait for the next one's weights
             self._recorder.span("compute", self._backward_began, time.perf_counter(), f"backward {current.name}")
         for frame in list(self._entered):
             frame.leave()

@@ -55,7 +55,7 @@ class Tiers:
         if self.races is not None:
             self.note(f"debug_races={self.races.seed}: operations are late on purpose, and freed memory is poisoned")
         self._ram_bytes = ram_bytes
-        self._pin = device.type == "cuda"
+        self._pin = device if device.type == "cuda" else None
         self.deadline_s = config.deadline_s
         self.durable = plan.through
         self.state_slots = plan.state_slots

@@ -222,7 +222,7 @@ class Frame:
             self._inputs.setdefault(tensor.untyped_storage()._cdata, held)
             versions.append((tensor, tensor._version))
         self._versions = [Version(tensor) for tensor, _ in versions]
-        self._random = RandomState(self._device_of(versions))
+        self._random = RandomState(self._device.device)  # also where no input says on which device it draws
         self._autocast = Autocast()
         self._state = ModuleState(self.module, self._mutable_buffers)
         if self._watch is not None:
@@ -413,6 +413,3 @@ class Frame:
             f"Block {self.name} saved {expected} in its forward and {seen} when it was run again for backward: its forward "
             "depends on something that changed in between. Wrap with Config(activations='keep')."
         )
-
-    def _device_of(self, versions: list[tuple[torch.Tensor, int]]) -> torch.device:
-        return next((tensor.device for tensor, _ in versions if tensor.device.type == "cuda"), torch.device("cpu"))

@@ -25,16 +25,29 @@ class TensorBook:
 
     def make(self, nbytes: int, what: str, *, needed: bool) -> Held | None:
         """New (nbytes,) uint8 on the device, charged before they are there. Without the room BudgetError, or None for what
-        is not `needed`."""
+        is not `needed`: also where torch's allocator has it in pieces alone, of which none is large enough."""
         if needed:
             self._ledger.charge("device", "activations", nbytes, what)
         elif not self._ledger.try_charge("device", "activations", nbytes):
             return None
         with self._ledger.discharged_on_error("device", "activations", nbytes):
-            tensor = empty_bytes(nbytes, self._device)
+            tensor = self._empty(nbytes, needed)
+        if tensor is None:
+            self._ledger.discharge("device", "activations", nbytes)
+            return None
         with self._lock:
             self._held[tensor.untyped_storage()._cdata] = (0, nbytes)
         return Held(tensor, self, what)
+
+    def _empty(self, nbytes: int, needed: bool) -> torch.Tensor | None:
+        while True:
+            try:
+                return empty_bytes(nbytes, self._device)
+            except torch.OutOfMemoryError:
+                if not needed:
+                    return None
+                if not self._ledger.relieve():
+                    raise
 
     def hold(self, tensor: torch.Tensor, what: str) -> int:
         """Charge; returns the key to `drop` with, 0 for a tensor that costs the device nothing."""

@@ -119,7 +119,11 @@ class Stash:
         are full or fail have none: whoever needs them is told by them."""
         if self._rates is None:
             buffer = self._buffers.take() if self._buffers is not None else None
-            memory = buffer.data if buffer is not None else torch.zeros(self._piece_bytes, dtype=torch.uint8)
+            memory = (
+                buffer.data
+                if buffer is not None
+                else torch.zeros(self._piece_bytes, dtype=torch.uint8, pin_memory=self.device.is_cuda)
+            )
             try:
                 self._rates = copy_rates(self.device, memory)
             finally:
@@ -202,14 +206,15 @@ class Stash:
     def _worker(self, name: str) -> Worker:
         if self._closed and name != "landing":
             raise StateError("What left the device was asked for after the run was closed.")
-        if name not in self._workers:
-            self._workers[name] = Worker(
-                f"fuyou-activations-{name}",
-                deadline_s=self.device.deadline_s,
-                in_flight=self._in_flight,
-                races=self._races,
-            )
-        return self._workers[name]
+        with self._lock:  # the training thread and thread "in" may both be the first to want "landing"
+            if name not in self._workers:
+                self._workers[name] = Worker(
+                    f"fuyou-activations-{name}",
+                    deadline_s=self.device.deadline_s,
+                    in_flight=self._in_flight,
+                    races=self._races,
+                )
+            return self._workers[name]
 
     # Making room on the device ---------------------------------------------------------------------------------------
 
@@ -275,7 +280,12 @@ class Stash:
         "landing" takes them to the device in order."""
         if not stashed.claim():
             return
-        landing = self._worker("landing")
+        try:
+            landing = self._worker("landing")
+        except BaseException as error:  # no thread is to be had
+            stashed.fail(error)
+            self._landed(stashed)
+            return
         try:
             for piece in stashed.pieces:
                 buffer: Lease | None = None

@@ -122,6 +122,7 @@ class Unit:
         self.memory = DeviceMemory(self.layout.nbytes, self.device, races)
         self.flat = self.memory.tensor.view(self.dtype)
         self.views = self.layout.views(self.flat)
+        self.memory.start()
         self.placeholder = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
 
     @property

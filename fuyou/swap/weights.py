@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -231,13 +232,33 @@ class Swapper:
                         break
                     vacated.pop().memory.give_back()
                 else:
-                    unit.memory.take()
+                    with self._device.within_budget(unit.name) if needed else contextlib.nullcontext():
+                        taken = self._take_bytes(unit, needed)
+                    if not taken:
+                        self._ledger.discharge("device", "weights", unit.nbytes)
+                        return False
         finally:
             for each in vacated:
                 each.memory.give_back()
         self._resident[unit] = None
         self._resident_bytes += unit.nbytes
         return True
+
+    def _take_bytes(self, unit: Unit, needed: bool) -> bool:
+        """Memory for what is charged. What the budget has room for, torch's allocator may have in pieces alone, of which none is
+        large enough: what is not needed is then done without, False; else units that nobody uses go, and its error is raised
+        where there is none."""
+        while True:
+            try:
+                unit.memory.take()
+                return True
+            except torch.OutOfMemoryError:
+                victim = self._victim(needed) if needed else None
+                if victim is None:
+                    if needed:
+                        raise
+                    return False
+                self._drop(victim)
 
     def _make_room(self, unit: Unit, needed: bool, vacated: list[Unit]) -> bool:
         """Charge the unit, after evicting what nobody uses: those go to `vacated` with their memory. On True it is charged."""

@@ -62,10 +62,10 @@ class EventTicket:
 class DeviceMemory:
     """`nbytes` on the device at one storage for life: `take` gives it bytes, `give_back` returns them to the system.
 
-    `tensor` is a (nbytes,) uint8 view whose storage never changes, so views that autograd saved stay valid names. CUDA:
-    the storage is resized; the caching allocator orders its memory by the compute stream. CPU: an address range of its
-    own whose pages are dropped, or handed on to another one; torch's allocator would keep them in the heap, beyond every
-    budget.
+    `tensor` is a (nbytes,) uint8 view whose storage never changes, so views that autograd saved stay valid names; they are
+    to be cut before `start`, for torch refuses to cut one that reaches beyond an emptied storage. CUDA: the storage is
+    resized; the caching allocator orders its memory by the compute stream. CPU: an address range of its own whose pages
+    are dropped, or handed on to another one; torch's allocator would keep them in the heap, beyond every budget.
 
     With `races` the bytes are NaN from `take` until something is copied there, and after `give_back`. On a CPU the pages
     then stay: dropped ones would read as zeros, which look like weights.
@@ -74,16 +74,16 @@ class DeviceMemory:
     def __init__(self, nbytes: int, device: torch.device, races: Races | None = None) -> None:
         self._nbytes = nbytes
         self._races = races
-        self._pages: Pages | None = None
-        if device.type == "cuda":
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            self._storage = self.tensor.untyped_storage()
-            self._storage.resize_(0)
-        else:
-            self._pages = Pages(nbytes)
-            self.tensor = self._pages.bytes
-            if races is not None:
-                races.fill(self.tensor)
+        self._pages = Pages(nbytes) if self._has_pages(device) else None
+        self.tensor = self._pages.bytes if self._pages else torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def _has_pages(device: torch.device) -> bool:
+        return device.type != "cuda"
+
+    def start(self) -> None:
+        """All views of `tensor` are cut: until `take` it holds no bytes."""
+        self.give_back()
 
     @property
     def address(self) -> int:
@@ -92,7 +92,7 @@ class DeviceMemory:
 
     def take(self) -> None:
         if self._pages is None:
-            self._storage.resize_(self._nbytes)
+            self.tensor.untyped_storage().resize_(self._nbytes)
             if self._races is not None:  # on the compute stream, so before the `ready` that copies in wait for
                 self._races.fill(self.tensor)
         elif self._races is not None:
@@ -117,7 +117,7 @@ class DeviceMemory:
             # stream that nothing orders ahead of this meets NaN.
             self._races.fill(self.tensor)
         if self._pages is None:
-            self._storage.resize_(0)
+            self.tensor.untyped_storage().resize_(0)
         elif self._races is None:
             self._pages.drop()
 
@@ -152,6 +152,9 @@ class Device:
         self.deadline_s = deadline_s
         self.races = races
         self._budget_bytes = budget_bytes
+        self._fraction_before: float | None = (
+            None  # of the device that torch's allocator may take; None: not limited by us
+        )
         self.is_cuda = device.type == "cuda"
         self.host_to_device_bytes = 0
         self.device_to_host_bytes = 0
@@ -161,18 +164,28 @@ class Device:
             self.h2d_stream = torch.cuda.Stream(device)
             self.d2h_stream = torch.cuda.Stream(device)
 
-    def limit(self) -> None:
-        """Hold torch's allocator to the budget: activations and workspaces are not ours to charge before they are made."""
+    def limit(self, own_bytes: int) -> None:
+        """Hold torch's allocator to the budget: activations and workspaces are not ours to charge before they are made. Its limit
+        counts the whole process: what it holds by now is others', but for `own_bytes`."""
         if self.is_cuda:
-            total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self._budget_bytes / total), self.device)
+            others = max(0, torch.cuda.memory_reserved(self.device) - own_bytes)
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
+            self._fraction_before = asked(self.device) if asked is not None else 1.0
+            fraction = min(self._fraction_before, (self._budget_bytes + others) / total)
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+
+    def lift(self) -> None:
+        """The allocator's limit is what it was before the run's. Idempotent."""
+        fraction, self._fraction_before = self._fraction_before, None
+        if fraction is not None:
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
     def close(self) -> None:
         if self._copier is not None:
             self._copier.close()
-        if self.is_cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+        self.lift()
 
     @contextlib.contextmanager
     def within_budget(self, what: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -57,7 +58,7 @@ class Arena:
     forked child does not inherit it, so DataLoader workers neither double it nor copy it on write. It lies on huge pages
     where the kernel gives them: a drive then gets few large segments instead of many small ones (scripts/bench_io.py
     shows what that is worth).
-    With `pin` it is registered with CUDA; where that fails it stays pageable and `note` says why.
+    With `pin`, a CUDA device, it is registered with CUDA; where that fails it stays pageable and `note` says why.
     With `races` what is not leased is poisoned: a view that outlives its lease, or a lease read before anything was put
     there, shows NaN, and what is written to bytes that nobody holds is a StateError of whoever leases them next.
     """
@@ -67,13 +68,13 @@ class Arena:
         nbytes: int,
         ledger: Ledger,
         *,
-        pin: bool = False,
+        pin: torch.device | None = None,
         deadline_s: float = DEADLINE_S,
         races: Races | None = None,
     ) -> None:
         self.nbytes = align_up(max(nbytes, PAGE_BYTES), PAGE_BYTES)
         self.note = ""
-        self.pinned = False
+        self.pinned: torch.device | None = None  # for which it is registered
         self._ledger = ledger
         self._free = FreeRanges(self.nbytes)
         self._changed = threading.Condition()
@@ -85,8 +86,8 @@ class Arena:
         self._pages: Pages | None = Pages(self.nbytes)
         self.bytes = self._pages.bytes
         self.address = self._pages.address
-        if pin:
-            self._pin()
+        if pin is not None:
+            self._pin(pin)
         if races is not None:
             races.fill(self.bytes)
 
@@ -153,8 +154,10 @@ class Arena:
         if self._pages is None:
             return
         self.reap()
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+        if self.pinned is not None:
+            with torch.cuda.device(self.pinned):
+                if int(torch.cuda.cudart().cudaHostUnregister(self.address)):
+                    _take_last_error(self.pinned)
         self._pages.drop()  # a view that outlives us reads zeros, and costs nothing
         self._pages = None
         self.bytes = torch.empty(0, dtype=torch.uint8)
@@ -175,12 +178,20 @@ class Arena:
     def _holders(self) -> str:
         return ", ".join(f"{category} {format_bytes(held)}" for category, held in self._held.most_common() if held)
 
-    def _pin(self) -> None:
-        result = torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0)
-        if int(result) == 0:
-            self.pinned = True
-        else:
-            self.note = (
-                f"host memory is not pinned (cudaHostRegister of {format_bytes(self.nbytes)} said {result}): copies go "
-                "through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
-            )
+    def _pin(self, device: torch.device) -> None:
+        with torch.cuda.device(device):  # or a context would be made on the first one
+            result = int(torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0))
+        if result == 0:
+            self.pinned = device
+            return
+        _take_last_error(device)
+        self.note = (
+            f"host memory is not pinned (cudaHostRegister of {format_bytes(self.nbytes)} failed with error {result} of the CUDA "
+            "runtime): copies go through the driver's own staging and are slower; raise `ulimit -l` or give less ram"
+        )
+
+
+def _take_last_error(device: torch.device) -> None:
+    """A failed call of the CUDA runtime leaves its error to this thread's next kernel launch, whose own it is not: launch one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)

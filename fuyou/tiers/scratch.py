@@ -100,9 +100,8 @@ class Scratch:
         return self._store.add(nbytes, self._category, 1)
 
     def give_back(self, region: int, offset: int, nbytes: int) -> None:
-        """Called by Place.release only."""
-        with self._lock:
-            self._regions[region][1].give(offset, nbytes)
+        """Called by Place.release only, perhaps by a garbage collection within `take`: without the lock, which `give` needs not."""
+        self._regions[region][1].give(offset, nbytes)
 
     def checksum_of(self, address: int, nbytes: int) -> int | None:
         """Called by Place only: of memory, in a store that verifies."""
