@@ -269,17 +269,25 @@ class Run:
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Make the run what it was when `folder`, a checkpoint or the store of a closed run, was written; gradients go.
-        ConfigError for another model or precision, StoreError for bytes that are damaged: nothing has changed then."""
+        ConfigError for another model or precision, StoreError for bytes that are damaged: nothing has changed then. After any
+        other error, or Ctrl-C in the middle, the run trains and commits no more: the newest step on the drives is as it was."""
         self.settle()
         found = checkpoints.open_for(os.fspath(folder), self._units, self.model)
         with contextlib.ExitStack() as undo:
             undo.callback(found.close)
             rest = self._committing.read(found.saved, found.manifest)
             undo.pop_all()
-        self.optimizer.zero_grad()
-        self.optimizer.state.let_go()
-        checkpoints.load(found, self._units, self._movers.swapper, self._updates, self._tiers.writes)
-        self._go_on(found, rest)
+        try:
+            self.optimizer.zero_grad()
+            self.optimizer.state.let_go()
+            checkpoints.load(found, self._units, self._movers.swapper, self._updates, self._tiers.writes)
+            self._go_on(found, rest)
+        except BaseException as error:
+            self._updates.fail(
+                error
+            )  # a part of each: nothing of it may be committed, and the newest step stays what it was
+            found.close()
+            raise
 
     def register(self, name: str, obj: Any) -> None:
         """Have each commit, and each checkpoint, hold `obj.state_dict()`; where the run goes on from a step that has it,

@@ -223,7 +223,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one_of_that_name(nvme, t
     script = f"""
         import os, signal, sys
         from fuyou.tiers.saving import SavedWriter
-from fuyou.tiers.store import Store
         writer = SavedWriter({str(tmp_path / "saved")!r}, 1 << 20)
         writer.put(0, memoryview(bytes(1 << 16)))
         os.kill(os.getpid(), signal.SIGKILL)

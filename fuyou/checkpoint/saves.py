@@ -156,9 +156,11 @@ class Saves:
                 draft.finish()
                 self._saved(draft.writer.folder, draft.step)
         finally:
-            draft.discard()
-            if pin is not None and self._store is not None:
-                self._store.unpin(pin)
+            try:
+                if pin is not None and self._store is not None:
+                    self._store.unpin(pin)
+            finally:
+                draft.discard()
 
     def _clone(self, extent: Extent, writer: SavedWriter, commit: Commit) -> bool:
         """By reflink, where the file system has it: nothing is read or written."""
@@ -178,7 +180,12 @@ class Saves:
                     lease = self._buffers.try_take() if reading else self._buffers.take()
                 if lease is not None:
                     count = min(self._piece_bytes, extent.nbytes - offset)
-                    reading.append((lease, count, extent.read_slot(slot, offset, count, lease.address, lease)))
+                    try:
+                        read = extent.read_slot(slot, offset, count, lease.address, lease)
+                    except BaseException:
+                        self._buffers.put(lease, [])
+                        raise
+                    reading.append((lease, count, read))
                     offset += count
                 else:
                     lease, count, read = reading[0]

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fuyou.core.beside import read_beside, write_beside
-from fuyou.core.errors import BudgetError, StateError, StoreError
+from fuyou.core.beside import read_beside, read_text, write_beside
+from fuyou.core.errors import BudgetError, StateError, StorageIOError, StoreError
 from fuyou.plan.planner import Plan
 from fuyou.runtime.build import committed_of
 from fuyou.runtime.manifest import (
@@ -33,9 +33,9 @@ from fuyou.runtime.tiers import Tiers
 from fuyou.swap.aside import Aside
 from fuyou.tiers.checksum import best_checksum
 from fuyou.tiers.drives import remove_store
-from fuyou.tiers.folders import FOLDER, check_folders, refuse_without_room, rooms_of
+from fuyou.tiers.folders import FOLDER, HOME, check_folders, refuse_without_room, rooms_of
 from fuyou.tiers.lock import FolderLock, refuse_in_use
-from fuyou.tiers.records import Record
+from fuyou.tiers.records import Record, payload_of_newest
 from fuyou.tiers.saved import is_dirty, open_saved, was_left_open
 from fuyou.tiers.saving import copy_saved
 
@@ -131,7 +131,24 @@ def forget(source: Source) -> None:
         if os.path.basename(path) == MOVED:
             remove_moved(path)
         else:
-            remove_store(path)
+            _remove_abandoned(path, source)
+
+
+def _remove_abandoned(folder: str, source: Source) -> None:
+    """What lies in `folder` of the store that `source` came from; another run's, which may have begun there since, stays."""
+    home = os.path.join(folder, FOLDER)
+    with contextlib.suppress(StoreError, OSError):
+        lock = FolderLock(home)
+        try:
+            if folder == source.first_folder:
+                found = payload_of_newest(home)
+                mine = found is not None and found[0] == source.saved.step
+            else:
+                mine = read_text(os.path.join(home, HOME)) == source.first_folder
+            if mine:
+                remove_store(folder)
+        finally:
+            lock.release()
 
 
 # --- which step -------------------------------------------------------------------------------------------------------
@@ -143,11 +160,11 @@ def _newest_of(folders: Sequence[str]) -> Source | None:
     between the moment when its step is on its way and that when it is committed at home."""
     moved = moved_in(folders)
     newest: Source | None = None
-    failure: StoreError | None = None
+    failure: StoreError | StorageIOError | None = None
     for places in (folders, *([path] for path in moved)):
         try:
             source = read_source(places)
-        except StoreError as error:
+        except (StoreError, StorageIOError) as error:
             failure = failure or error
             continue
         if source is not None and (newest is None or source.saved.step > newest.saved.step):
@@ -267,5 +284,6 @@ def _moved(source: Source, planned: Planned) -> Source:
     moved = read_source([place])
     if moved is None:
         raise StoreError(f"The copy of step {saved.step} in {place} cannot be read back.")
+    moved.first_folder = saved.folders[0]
     moved.leftovers = [place, *(folder for folder in saved.folders if folder not in planned.folders)]
     return moved

@@ -30,6 +30,7 @@ class Source:
     manifest: Manifest
     adopted: dict[tuple[int, int, str], int] | None = None
     leftovers: list[str] = field(default_factory=list)
+    first_folder: str = ""  # of the store that it was moved from
 
     @property
     def tensors(self) -> SavedTensors:

@@ -109,7 +109,7 @@ class Updates(UpdateQueue):
         try:
             self._request(wanted, record)
         except BaseException as error:  # an interrupt too: some of the updates were asked for, and others not
-            self._fail(error)
+            self.fail(error)
             raise
         if self._at_step:
             self.settle()
@@ -182,10 +182,15 @@ class Updates(UpdateQueue):
             return True
 
     def await_begun(self) -> None:
-        """The commits of all steps before the last have begun: what they hold beside the updates may be written over."""
+        """The commits of all steps before the last have begun, and the last one's where it lacks updates alone: what they hold
+        beside the updates may be written over."""
         with self._changed:
             self._await(
-                lambda: self.failure is not None or all(each >= self.step for each in self._steps), "every block"
+                lambda: (
+                    self.failure is not None
+                    or all(each >= self.step and not step.captured for each, step in self._steps.items())
+                ),
+                "every block",
             )
         self._raise_failure()
 
@@ -228,7 +233,7 @@ class Updates(UpdateQueue):
         except DeadlineError:
             raise
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
             raise
 
     def pending(self, chunk: Chunk) -> bool:
@@ -349,9 +354,10 @@ class Updates(UpdateQueue):
         try:
             run()
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """What is in the tiers is no state to go on from, or to commit: `failure` from now on."""
         with self._changed:
             self.failure = self.failure or error
             self._tell_commit(self.step)

@@ -24,36 +24,47 @@ class FolderLock:
 
     def __init__(self, folder: str) -> None:
         self.path = os.path.join(folder, "lock")
-        if os.path.exists(self.path) and _identity(self.path) in _held:
-            raise StoreError(_in_use(folder, os.getpid()))
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         deadline = time.monotonic() + RETRY_S
-        while True:
+        while not self._take(folder, deadline):
+            pass  # its holder has removed the file that was waited for
+
+    def _take(self, folder: str, deadline: float) -> bool:
+        """False where what was locked is not, or no more, the file of that name: that would keep nobody out."""
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(os.stat(self.path)) in _held:
+                raise StoreError(_in_use(folder, os.getpid()))
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _lock(descriptor, folder, deadline)
+            key = _identity(os.fstat(descriptor))
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
-                    os.close(self._fd)
-                    raise StoreError(_in_use(folder, holder or "unknown")) from error
-                time.sleep(0.05)
-        self._key = _identity(self.path)
-        _held.add(self._key)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+                is_file = key == _identity(os.stat(self.path))
+            except FileNotFoundError:
+                is_file = False
+            if is_file:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not is_file:
+            os.close(descriptor)
+            return False
+        self._fd, self._key = descriptor, key
+        _held.add(key)
+        return True
 
     def release(self) -> None:
-        """Idempotent. The file is removed while it is still locked, so nobody can lock a file that is gone."""
+        """Idempotent. The file is removed while it is still locked; who waits for it finds that it is gone."""
         if self._fd < 0:
             return
+        descriptor, self._fd = self._fd, -1
         try:
             if os.path.exists(self.path):
                 os.unlink(self.path)
         finally:  # on a file system that was made read-only the file stays, and is nobody's
-            os.close(self._fd)
-            self._fd = -1
             _held.discard(self._key)
+            os.close(descriptor)
 
 
 def refuse_in_use(folder: str) -> None:
@@ -88,8 +99,18 @@ class ProcessLock:
         self._lock.release()
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+def _lock(descriptor: int, folder: str, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                raise StoreError(_in_use(folder, holder or "unknown")) from error
+            time.sleep(0.05)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 

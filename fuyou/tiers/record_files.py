@@ -131,7 +131,7 @@ class RecordFiles:
         for source, copies, nbytes in ((record.layout_path, LAYOUTS, size), (record.path, _copies(record.path), None)):
             whole = _head(source, nbytes or record_nbytes(record))
             for name in copies:
-                if _head(self._paths[name], len(whole)) != whole:
+                if _head_or_nothing(self._paths[name], len(whole)) != whole:  # writing it anew mends a sector, too
                     self._write(name, whole, 0)
                     self._flush((name,))
 
@@ -162,6 +162,13 @@ def _copies(path: str) -> tuple[str, ...]:
     """The names of both copies of a record."""
     place = RECORDS.index(os.path.basename(path)) // COPIES
     return RECORDS[COPIES * place : COPIES * (place + 1)]
+
+
+def _head_or_nothing(path: str, nbytes: int) -> bytes:
+    try:
+        return _head(path, nbytes)
+    except OSError:
+        return b""
 
 
 def _head(path: str, nbytes: int) -> bytes:

@@ -21,13 +21,14 @@ the extents is named in the record: "crc32c" (RFC 3720) or "crc32" (zlib), over 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -333,13 +334,15 @@ def _slot_keys(extents: np.ndarray, slots: np.ndarray) -> np.ndarray:
     return extents.astype(np.uint64) * 2 + slots.astype(np.uint64)
 
 
-def _opened(path: str) -> Any:
-    """The file, for reading. StoreError where it is missing, a link, or no file."""
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file, for reading. StoreError where it is missing, a link, or no file, and where the drive does not give its bytes:
+    its other copy may be whole."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StoreError(f"{path} is not a file")
+            yield file
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise StoreError(f"{path} is not a file")
-    return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -37,6 +38,9 @@ class SavedWriter:
     def __init__(self, folder: str, nbytes: int) -> None:
         """`folder` must not exist yet, `nbytes` are to come. ConfigError, StoreError where there is no room."""
         self.folder = os.path.realpath(folder)
+        self._file = -1
+        self._draft = ""
+        self._lock: FolderLock | None = None
         above = os.path.dirname(self.folder)
         if os.path.lexists(self.folder):
             raise ConfigError(f"The checkpoint {folder} exists already: name a folder that does not, or remove it.")
@@ -57,13 +61,13 @@ class SavedWriter:
             self._lock = FolderLock(self._home)  # somebody is at it
             self.path = os.path.join(self._home, DATA)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _storage_error(error, f"make the checkpoint {folder}") from error
-        try:
             os.posix_fallocate(self._file, 0, max(nbytes, 1))  # no room is told now, and direct writes need not wait
         except OSError as error:
             self.discard()
-            raise _storage_error(error, f"make {nbytes} bytes of room for the checkpoint {folder}") from error
+            raise _storage_error(error, f"make room for the checkpoint {folder} of {nbytes} bytes") from error
+        except BaseException:
+            self.discard()
+            raise
         self._checksum = best_checksum()
         self._entries: list[tuple[int, int, int, int]] = []
         self._parts: list[tuple[int, int, int, int, int]] = []
@@ -76,12 +80,17 @@ class SavedWriter:
         self.discard()
 
     def discard(self) -> None:
-        """What was not finished is removed. Idempotent."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        self._lock.release()
-        shutil.rmtree(self._draft, ignore_errors=True)
+        """What was not finished is removed, as far as the file system lets it be: no error hides the one that led here.
+        Idempotent."""
+        file, self._file = self._file, -1
+        with contextlib.suppress(OSError):
+            if file >= 0:
+                os.close(file)
+        with contextlib.suppress(OSError):
+            if self._lock is not None:
+                self._lock.release()
+        if self._draft:
+            shutil.rmtree(self._draft, ignore_errors=True)
 
     def begin(self, extent: int, nbytes: int) -> None:
         """The bytes of `extent` come now, by `write`."""
@@ -144,7 +153,10 @@ class SavedWriter:
 
     def finish(self, step: int, payload: dict[str, Any]) -> None:
         """All is on the drive and under its name when this returns."""
-        os.ftruncate(self._file, self._offset)
+        try:
+            os.ftruncate(self._file, self._offset)
+        except OSError as error:
+            raise _storage_error(error, f"end the checkpoint {self.folder}") from error
         self._flush()
         files = RecordFiles(self._home, 1)
         files.open()
@@ -160,14 +172,18 @@ class SavedWriter:
             files.write(0, record)
         finally:
             files.close()
-        self._trim(len(record))
         try:
-            self._lock.release()
+            self._trim(len(record))
             for folder in (self._home, self._draft):
                 sync_folder(folder)
-            os.rename(self._draft, self.folder)
+            os.rename(self._draft, self.folder)  # still locked, or who sweeps drafts could take it for a killed one's
         except OSError as error:
             raise _storage_error(error, f"put the checkpoint {self.folder} under its name") from error
+        self._draft = ""
+        if self._lock is not None:
+            self._lock.path = os.path.join(self.folder, FOLDER, "lock")
+            with contextlib.suppress(OSError):  # a lock file that stays is nobody's
+                self._lock.release()
         sync_folder(os.path.dirname(self.folder))
 
     def _trim(self, record_bytes: int) -> None:
@@ -178,8 +194,10 @@ class SavedWriter:
             os.truncate(os.path.join(self._home, name), align_up(record_bytes, PAGE_BYTES))
         for name in (*RECORDS, *LAYOUTS):
             descriptor = os.open(os.path.join(self._home, name), os.O_RDONLY | os.O_CLOEXEC)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _flush(self) -> None:
         try:
