@@ -101,6 +101,8 @@ class TestPages:
 
     def test_a_slot_with_races_keeps_its_own_pages(self):
         first, second = DeviceMemory(4 * PAGE_BYTES, CPU, Races(0)), DeviceMemory(4 * PAGE_BYTES, CPU, Races(0))
+        for each in (first, second):
+            each.start()
         first.take()
         assert not second.take_over(first)
         first.give_back()

@@ -186,5 +186,6 @@ def test_forked_dataloader_workers_do_not_hold_the_budgets_again(tmp_path):
             step(torch.zeros(16, 256))
         grown, count = growth(step)
         assert count >= 3 and run.report().dict()["tiers"]["host"]["peak_bytes"] > 64 * MIB
-        # Both workers' copies of the arena alone, as it was before the steps, would be 64 MiB more each.
-        assert grown - workers < 48 * MIB
+        # One worker's copy of the arena alone, as it was before the steps, would be 64 MiB more. What there is, up to 52 on a busy
+        # machine, is pages of the heap that the steps write to while the workers share them.
+        assert grown - workers < 60 * MIB

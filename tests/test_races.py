@@ -297,6 +297,7 @@ class TestHost:
 class TestDevice:
     def test_a_slot_is_nan_before_the_copy_and_after_it_was_given_back(self):
         memory = DeviceMemory(3 * PAGE, CPU, Races(0))
+        memory.start()
         for _ in range(2):
             memory.take()
             assert is_nan(memory.tensor)
@@ -306,6 +307,7 @@ class TestDevice:
 
     def test_a_copy_into_a_slot_that_was_given_back_is_told(self):
         memory = DeviceMemory(3 * PAGE, CPU, Races(0))
+        memory.start()
         memory.take()
         memory.give_back()
         memory.tensor[PAGE] = 1
