@@ -137,7 +137,9 @@ def forget(source: Source) -> None:
 def _remove_abandoned(folder: str, source: Source) -> None:
     """What lies in `folder` of the store that `source` came from; another run's, which may have begun there since, stays."""
     home = os.path.join(folder, FOLDER)
-    with contextlib.suppress(StoreError, OSError):
+    with contextlib.suppress(
+        StoreError, OSError, ValueError
+    ):  # in use, gone, or a name that is no text: whose it is is not known
         lock = FolderLock(home)
         try:
             if folder == source.first_folder:
