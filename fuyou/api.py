@@ -283,9 +283,7 @@ class Run:
             checkpoints.load(found, self._units, self._movers.swapper, self._updates, self._tiers.writes)
             self._go_on(found, rest)
         except BaseException as error:
-            self._updates.fail(
-                error
-            )  # a part of each: nothing of it may be committed, and the newest step stays what it was
+            self._updates.fail(error)  # a part of each: it may not be committed, and the newest step stays what it was
             found.close()
             raise
 

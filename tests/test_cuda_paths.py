@@ -167,12 +167,14 @@ def test_the_allocators_limit_leaves_others_what_they_hold(monkeypatch: pytest.M
         get_device_properties=lambda _: SimpleNamespace(total_memory=24 * GIB),
         get_per_process_memory_fraction=lambda _: 0.9, set_per_process_memory_fraction=lambda share, _: fractions.append(share),
     )  # fmt: skip
-    link = Device(CPU, 8 * GIB)
-    link.is_cuda = True
-    link.limit(own_bytes=1 * GIB)
-    link.lift()
-    link.lift()
-    assert fractions == [(8 + 11 - 1) / 24, 0.9]
+    first, second = Device(CPU, 8 * GIB), Device(CPU, 2 * GIB)
+    first.is_cuda = second.is_cuda = True
+    first.limit(own_bytes=1 * GIB)
+    second.limit(own_bytes=0)
+    first.lift()
+    first.lift()
+    second.lift()
+    assert fractions == [(8 + 10) / 24, (8 + 2 + 10) / 24, (2 + 10) / 24, 0.9]
 
 
 def test_what_the_allocator_held_beside_all_charges_is_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ class Saves:
         draft, self._draft = self._draft, None
         if draft is None or self._worker is None or self._store is None:
             return
+        pin: Pin | None = None
         try:
             extents = [each.extent for each in draft.ranges.values() if each.extent is not None]
             pin = self._store.pin(commit, extents) if isinstance(commit, Commit) else None
@@ -125,6 +126,11 @@ class Saves:
             self._job = self._worker.submit(
                 lambda: self._run(draft, commit, pin), f"the checkpoint of step {draft.step}"
             )
+        except BaseException:  # the worker is closed: nobody will let go of what is pinned
+            if pin is not None:
+                self._store.unpin(pin)
+            draft.discard()
+            raise
         finally:
             self._given.set()
 

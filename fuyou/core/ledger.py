@@ -181,5 +181,6 @@ class Watermark:
         self._tier = tier
 
     def take(self) -> int:
-        most, self.most = self.most, self._ledger.held(self._tier)
-        return max(most, self.most)
+        with self._ledger._lock:  # or another thread's charge could be lost between the two
+            most, self.most = self.most, self._ledger.held(self._tier)
+            return most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from fuyou.core.recorder import Recorder
 from fuyou.runtime.measure import heap_free_bytes, rss_bytes, trim_heap
 
 
-class Gauge:
+class Gauge(ABC):
     """Sampled at every block's edge and at every gradient. It also notes resident memory for the report."""
 
     EARLY_STEPS = (
@@ -32,9 +33,9 @@ class Gauge:
         self._steps = 0
         self._next_s = self._next_look_s = 0.0
 
+    @abstractmethod
     def start(self) -> None:
         """From here on what is neither committed nor charged is temporary: the device tier is nearly empty."""
-        raise NotImplementedError
 
     def sample(self, leaving_bytes: int = 0) -> None:
         """`leaving_bytes`: what the caller knows of that is about to be charged."""
@@ -53,8 +54,8 @@ class Gauge:
     def _early(self) -> bool:
         return self._steps < self.EARLY_STEPS
 
-    def _measure(self, leaving_bytes: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _measure(self, leaving_bytes: int) -> None: ...
 
     def _look(self) -> None:
         """Note resident memory, and at its highest what is held."""

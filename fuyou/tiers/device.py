@@ -7,6 +7,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -122,6 +123,23 @@ class DeviceMemory:
             self._pages.drop()
 
 
+@dataclass
+class _Limit:
+    """Of torch's allocator on one device: the share that was its limit before any run, what others held, and the runs' budgets."""
+
+    before: float
+    others_bytes: int
+    budgets: dict[Device, int] = field(default_factory=dict)
+
+    def set(self, device: torch.device) -> None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (sum(self.budgets.values()) + self.others_bytes) / total if self.budgets else 1.0
+        torch.cuda.set_per_process_memory_fraction(min(self.before, share), device)
+
+
+_limits: dict[torch.device, _Limit] = {}
+
+
 class Device:
     """Copies host ↔ device, counted in bytes, and what orders them against compute.
 
@@ -152,9 +170,6 @@ class Device:
         self.deadline_s = deadline_s
         self.races = races
         self._budget_bytes = budget_bytes
-        self._fraction_before: float | None = (
-            None  # of the device that torch's allocator may take; None: not limited by us
-        )
         self.is_cuda = device.type == "cuda"
         self.host_to_device_bytes = 0
         self.device_to_host_bytes = 0
@@ -166,21 +181,24 @@ class Device:
 
     def limit(self, own_bytes: int) -> None:
         """Hold torch's allocator to the budget: activations and workspaces are not ours to charge before they are made. Its limit
-        counts the whole process: what it holds by now is others', but for `own_bytes`."""
+        is one for the process: it leaves other runs their budgets, and others what they held when the first run came."""
         if self.is_cuda:
             torch.cuda.empty_cache()
-            others = max(0, torch.cuda.memory_reserved(self.device) - own_bytes)
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
-            self._fraction_before = asked(self.device) if asked is not None else 1.0
-            fraction = min(self._fraction_before, (self._budget_bytes + others) / total)
-            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+            limit = _limits.get(self.device)
+            if limit is None:
+                others = max(0, torch.cuda.memory_reserved(self.device) - own_bytes)
+                asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # since torch 2.8
+                limit = _limits[self.device] = _Limit(asked(self.device) if asked is not None else 1.0, others)
+            limit.budgets[self] = self._budget_bytes
+            limit.set(self.device)
 
     def lift(self) -> None:
-        """The allocator's limit is what it was before the run's. Idempotent."""
-        fraction, self._fraction_before = self._fraction_before, None
-        if fraction is not None:
-            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+        """The allocator is no more held to this run's budget. Idempotent."""
+        limit = _limits.get(self.device)
+        if limit is not None and limit.budgets.pop(self, None) is not None:
+            limit.set(self.device)
+            if not limit.budgets:
+                del _limits[self.device]
 
     def close(self) -> None:
         if self._copier is not None:
