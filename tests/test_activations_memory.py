@@ -13,7 +13,7 @@ import fuyou
 from fuyou.core.ledger import Ledger
 from fuyou.swap import stash
 from fuyou.swap.placement import PLACEMENTS, Placement
-from fuyou.tiers.device import Device
+from fuyou.tiers.device import THREAD_COPY_BYTES, Device
 from fuyou.tiers.scratch import REGION_BYTES
 
 MIB = 1 << 20
@@ -201,7 +201,7 @@ def test_drives_without_the_room_are_told_in_the_first_forward_and_a_smaller_bat
 
 def test_one_device_budget_trains_sequences_eight_times_as_long_as_keeping_can(nvme):
     def works(mode: str, tokens: int) -> bool:
-        model = Stack(48)
+        model = Stack(56)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         config = fuyou.Config(activations=mode, resume=False)  # the one before may have ended in a refusal
         try:
@@ -218,3 +218,43 @@ def test_one_device_budget_trains_sequences_eight_times_as_long_as_keeping_can(n
     longest = max(tokens for tokens in (64, 128, 256, 512) if works("keep", tokens))
     assert not works("keep", 2 * longest)
     assert works("nvme", 8 * longest)
+
+
+def held_activations(run: Any) -> int:
+    return run.report().dict()["tiers"]["device"]["held_by_category"]["activations"]
+
+
+def test_a_loss_that_outlives_its_backward_holds_no_inputs(nvme):
+    """As in plain PyTorch with its own checkpoints: what backward has used is free, whoever still refers to the loss."""
+    model = Stack()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    config = fuyou.Config(activations="recompute")
+    with fuyou.wrap(model, optimizer, nvme, ram="96MiB", gpu="1GiB", device="cpu", config=config) as run:
+        loss = model(torch.randn(TOKENS, WIDTH)).square().mean()
+        held = held_activations(run)
+        assert held >= BLOCKS * INPUT
+        loss.backward(retain_graph=True)
+        assert held_activations(run) == held  # a second backward may come
+        first = [parameter.grad.clone() for parameter in model.parameters()]
+        loss.backward()
+        assert held_activations(run) == 0
+        assert all(torch.equal(each.grad, 2 * one) for each, one in zip(model.parameters(), first, strict=True))
+        with pytest.raises(RuntimeError, match="second time"):  # torch's own words
+            loss.backward()
+
+
+def test_a_gradient_that_has_left_is_not_charged_in_the_next_forward(nvme):
+    width = 512
+    model = nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False))
+    assert model[0].weight.nbytes >= THREAD_COPY_BYTES  # a thread takes it away, and no other gradient comes after it
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with fuyou.wrap(model, optimizer, nvme, ram="96MiB", gpu="1GiB", device="cpu") as run:
+        model(torch.randn(8, width)).square().mean().backward()
+        deadline = time.monotonic() + 10
+        held = {"gradients": 1}
+        while held["gradients"] and time.monotonic() < deadline:  # its copy takes a moment
+            time.sleep(0.01)
+            with torch.no_grad():
+                model(torch.randn(1, width))
+            held = run.report().dict()["tiers"]["device"]["held_by_category"]
+        assert held["gradients"] == 0

@@ -162,6 +162,7 @@ class Schedule:
         self.before_forward()
         self._clock.begin()
         self._stash.turn()
+        self._gradients.discharge_left()
         held = self._get(block)
         frames: list[Frame] = []  # one for each slice of rows
 
@@ -247,6 +248,7 @@ class Schedule:
             # Autograd runs the youngest nodes first: when another block begins, all of this one's that are ready have
             # run. One that was not (it waits for a gradient from elsewhere) fetches again.
             self._leave_current()
+            self._gradients.discharge_left()
             self._get(block)
             self._current = block
             self._backward_began = time.perf_counter()

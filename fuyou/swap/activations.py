@@ -4,8 +4,9 @@
 weights becomes its place in that unit and is fetched when backward asks for it, in any order. A view of one of the
 block's inputs is kept: the frame holds the input anyway. Anything else is kept (KEEP), or counted and dropped
 (RECOMPUTE): the first unpack of a backward runs the block's forward again on the inputs, under the random state,
-autocast, attributes and buffers of the first run, and keeps what it saves until it is asked for. All of this is one
-autograd graph: nothing that leaves a block otherwise than by its return value is cut off.
+autocast, attributes and buffers of the first run, and keeps what it saves until it is asked for. The inputs are held by
+what may ask for it, which autograd lets go of as backward uses it: a loss that outlives its backward holds none. All of
+this is one autograd graph: nothing that leaves a block otherwise than by its return value is cut off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fuyou.core.errors import StateError
 from fuyou.core.phase import phase
 from fuyou.swap.book import Held, TensorBook
+from fuyou.swap.packed import Kept, SavedAway, SavedHere, SavedWeight
 from fuyou.swap.placement import Placement
 from fuyou.swap.results import Giving, Saving
 from fuyou.swap.snapshot import ModuleState, detached, snapshot, tensors_in
@@ -84,83 +86,36 @@ class HookStack:
         return self.entered(Kept, Kept.value)
 
 
-class Kept(Version):
-    """A tensor as it was saved."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor)
-        self._tensor = tensor.detach()
-
-    def value(self) -> torch.Tensor:
-        self.check()
-        return self._tensor
+FETCH_FRAMES = 2  # the one that backward is in, and the one that it comes to next
 
 
-class SavedHere(Held):
-    """A tensor that stays on the device until backward has used it."""
+class Rerun:
+    """What it takes to run a frame's forward again. Every SavedIndex holds it, the frame itself only during its forward: it is
+    gone with the last of those."""
 
-    __slots__ = ("_version",)
-
-    def __init__(self, tensor: torch.Tensor, book: TensorBook, what: str) -> None:
-        super().__init__(tensor.detach(), book, what)
-        self._version = Version(tensor)
-
-    def value(self) -> torch.Tensor:
-        self._version.check()
-        return self.tensor
-
-
-class SavedWeight:
-    """A view of a unit's storage, by its place."""
-
-    __slots__ = ("frame", "offset", "size", "stride", "unit", "version")
-
-    def __init__(self, frame: Frame, unit: Unit, tensor: torch.Tensor) -> None:
-        self.frame = frame
-        self.unit = unit
-        self.size, self.stride, self.offset = tensor.size(), tensor.stride(), tensor.storage_offset()
-        self.version = Version(tensor)
-
-
-class SavedAway:
-    """A view of a storage that has left the device, or is about to; has the claim on it that it is made with."""
-
-    __slots__ = ("_dtype", "_offset", "_size", "_stride", "_version", "stashed")
-
-    def __init__(self, stashed: Stashed, tensor: torch.Tensor) -> None:
-        self.stashed = stashed
-        self._dtype = tensor.dtype
-        self._size, self._stride, self._offset = tensor.size(), tensor.stride(), tensor.storage_offset()
-        self._version = Version(tensor)
-
-    def __del__(self) -> None:
-        self.stashed.unclaim()
-
-    def value(self) -> torch.Tensor:
-        """`tensor`, if nobody changed it since it was saved, as torch checks."""
-        self._version.check()
-        return self.tensor()
-
-    def tensor(self) -> torch.Tensor:
-        """The view as it was, on the device."""
-        flat = self.stashed.get()
-        view = torch.empty(0, dtype=self._dtype, device=flat.device)
-        return view.set_(flat.untyped_storage(), self._offset, self._size, self._stride)
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], writes: int, state: ModuleState, random: RandomState
+    ) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.writes = writes  # to the block's weights, before it
+        self.state = state
+        self.random = random
+        self.autocast = Autocast()
+        self.inputs: dict[int, Held] = {}  # storage → one input
+        self.versions: list[Version] = []  # of the inputs
+        self.away: dict[int, tuple[torch.Tensor, SavedAway, bool]] = {}  # id of what stands for an input → input
+        self.results: Mapping[int, tuple[list[Any], bool]] = {}  # of costly operations, that were saved
+        self.again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
 
 
 class SavedIndex:
-    """The index-th tensor that this frame's forward saved and dropped."""
+    """The index-th tensor that a frame's forward saved and dropped."""
 
-    __slots__ = ("frame", "index")
+    __slots__ = ("index", "rerun")
 
-    def __init__(self, frame: Frame, index: int) -> None:
-        self.frame = frame
+    def __init__(self, rerun: Rerun, index: int) -> None:
+        self.rerun = rerun
         self.index = index
-
-
-FETCH_FRAMES = 2  # the one that backward is in, and the one that it comes to next
 
 
 class _Enough(Exception):
@@ -200,10 +155,7 @@ class Frame:
         self._watch = watch
         self._mutable_buffers = mutable_buffers
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
-        self._again: dict[int, dict[int, Held]] = {}  # graph task → index → tensor
-        self._inputs: dict[int, Held] = {}  # storage → one input
-        self._versions: list[Version] = []  # of the inputs
-        self._away: dict[int, tuple[torch.Tensor, SavedAway, bool]] = {}  # id of what stands for an input → input
+        self._rerun: Rerun | None = None
         self._tiers: dict[int, tuple[str, StorageWeakRef]] = {}  # storage → where it goes, if not with the others
         self._stashed: list[Stashed] = []  # in the order in which they were saved; claimed by who saved them
 
@@ -214,32 +166,38 @@ class Frame:
         if self._place.saved != "recompute":
             with self._placing(), self._hooks.entered(self.pack, self.unpack):
                 return self._forward(*args, **kwargs)
-        self._writes = self._weights.writes_of(self)
-        self._args, self._kwargs = snapshot((args, kwargs), detach=True)
+        writes = self._weights.writes_of(self)
+        kept_args, kept_kwargs = snapshot((args, kwargs), detach=True)
+        state = ModuleState(self.module, self._mutable_buffers)
+        random = RandomState(self._device.device)  # also where no input says on which device it draws
+        rerun = self._rerun = Rerun(kept_args, kept_kwargs, writes, state, random)
+        try:
+            return self._run_first(rerun, args, kwargs)
+        finally:
+            self._rerun = None
+
+    def _run_first(self, rerun: Rerun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         versions = []
-        for tensor in tensors_in((self._args, self._kwargs)):
+        for tensor in tensors_in((rerun.args, rerun.kwargs)):
             held = Held(tensor, self._book, f"the inputs of {self.name}")
-            self._inputs.setdefault(tensor.untyped_storage()._cdata, held)
+            rerun.inputs.setdefault(tensor.untyped_storage()._cdata, held)
             versions.append((tensor, tensor._version))
-        self._versions = [Version(tensor) for tensor, _ in versions]
-        self._random = RandomState(self._device.device)  # also where no input says on which device it draws
-        self._autocast = Autocast()
-        self._state = ModuleState(self.module, self._mutable_buffers)
+        rerun.versions = [Version(tensor) for tensor, _ in versions]
         if self._watch is not None:
             self._watch.inputs([tensor for tensor, _ in versions])
         watched = self._watch.forward() if self._watch is not None else contextlib.nullcontext()
         saving = Saving(dict(self._place.results), self._save_result) if self._place.results else None
         with watched, saving or contextlib.nullcontext(), self._hooks.entered(self.pack, self.unpack):
             result = self._forward(*args, **kwargs)
-        self._results = saving.results(tensors_in(result)) if saving is not None else {}
-        self._state.after_forward()
+        rerun.results = saving.results(tensors_in(result)) if saving is not None else {}
+        rerun.state.after_forward()
         if any(tensor._version != version for tensor, version in versions):
             raise StateError(
                 f"Block {self.name} changes one of its inputs in place, so its forward cannot be run again in backward: "
                 "wrap with Config(activations='keep')."
             )
         if self._place.inputs != "device":
-            self._inputs_leave()
+            self._inputs_leave(rerun)
         return result
 
     def _placing(self) -> contextlib.AbstractContextManager[Any]:
@@ -257,19 +215,19 @@ class Frame:
         away = self._put(tensor, tier) if tier != "device" else None
         return away or Held(tensor.detach(), self._book, f"what {self.name} saves")
 
-    def _inputs_leave(self) -> None:
+    def _inputs_leave(self, rerun: Rerun) -> None:
         """What the forward has used: the recomputation brings it back."""
 
         def leave(tensor: torch.Tensor) -> torch.Tensor:
             away = self._put(tensor, self._place.inputs)
             if away is None:
                 return tensor
-            self._inputs.pop(tensor.untyped_storage()._cdata, None)
+            rerun.inputs.pop(tensor.untyped_storage()._cdata, None)
             stand_in = tensor.new_empty(0)
-            self._away[id(stand_in)] = stand_in, away, tensor.requires_grad
+            rerun.away[id(stand_in)] = stand_in, away, tensor.requires_grad
             return stand_in
 
-        self._args, self._kwargs = snapshot((self._args, self._kwargs), replace=leave)
+        rerun.args, rerun.kwargs = snapshot((rerun.args, rerun.kwargs), replace=leave)
 
     def _put(self, tensor: torch.Tensor, tier: str) -> SavedAway | None:
         stashed = self._stash.put(tensor, tier, f"what {self.name} saves")
@@ -285,20 +243,20 @@ class Frame:
         unit = self._weights.unit_of(tensor)
         if unit is not None:
             self.needs_weights = True
-            return SavedWeight(self, unit, tensor)
-        if self._place.saved != "recompute":
+            return SavedWeight(unit, tensor)
+        if self._rerun is None:
             tier, _ = self._tiers.get(tensor.untyped_storage()._cdata, (self._place.saved, None))
             away = self._put(tensor, tier) if tier in ("host", "nvme") else None
             # Detached: autograd hands a leaf itself, and a parameter of another block goes away again after this call.
             return away or SavedHere(tensor, self._book, f"what {self.name} saves")
-        if tensor.untyped_storage()._cdata in self._inputs:
+        if tensor.untyped_storage()._cdata in self._rerun.inputs:
             away = self._put(tensor, self._place.inputs) if self._place.inputs != "device" else None
             return away or SavedHere(tensor, self._book, f"the inputs of {self.name}")
         self.needs_weights = True
         if self._watch is not None:
             self._watch.saved(tensor)
         self._saved.append((tensor.shape, tensor.dtype))
-        return SavedIndex(self, len(self._saved) - 1)
+        return SavedIndex(self._rerun, len(self._saved) - 1)
 
     # Backward --------------------------------------------------------------------------------------------------------
 
@@ -331,27 +289,27 @@ class Frame:
             view = flat.as_strided(packed.size, packed.stride, packed.offset)
             # A graph of the backward itself (create_graph) may keep it longer than the weights stay.
             return view.clone() if torch.is_grad_enabled() else view
-        return self._recomputed(packed.index)
+        return self._recomputed(packed.rerun, packed.index)
 
-    def _recomputed(self, index: int) -> torch.Tensor:
+    def _recomputed(self, rerun: Rerun, index: int) -> torch.Tensor:
         task = torch._C._current_graph_task_id()
-        tensors = self._again.get(task)
+        tensors = rerun.again.get(task)
         if tensors is None or index not in tensors:  # asked for twice (retain_graph, create_graph): run once more
             self._weights.backward_of(self)
-            tensors = self._again[task] = self._run_again()
+            tensors = rerun.again[task] = self._run_again(rerun)
         held = tensors.pop(index)
         if not tensors:
-            del self._again[task]
+            del rerun.again[task]
         return held.tensor
 
-    def _run_again(self) -> dict[int, Held]:
-        if self._weights.writes_of(self) != self._writes:
+    def _run_again(self, rerun: Rerun) -> dict[int, Held]:
+        if self._weights.writes_of(self) != rerun.writes:
             raise StateError(
                 f"The weights of block {self.name} were modified by an inplace operation between its forward and its "
                 "backward, which runs it again and would see other weights: run backward first, or wrap with "
                 "Config(activations='keep')."
             )
-        if any(version.changed for version in self._versions):
+        if any(version.changed for version in rerun.versions):
             raise StateError(
                 f"An input of block {self.name} was modified by an inplace operation between its forward and its backward, "
                 "which runs it again and would see other values: wrap with Config(activations='keep')."
@@ -363,7 +321,7 @@ class Frame:
             nonlocal count
             unit = self._weights.unit_of(tensor)
             if unit is not None:
-                return SavedWeight(self, unit, tensor)
+                return SavedWeight(unit, tensor)
             if tensor.untyped_storage()._cdata in inputs:
                 return tensor.detach()
             if count < len(self._saved) and (tensor.shape, tensor.dtype) != self._saved[count]:
@@ -378,29 +336,29 @@ class Frame:
             return self.unpack(packed) if isinstance(packed, SavedWeight) else packed
 
         def back(tensor: torch.Tensor) -> torch.Tensor:
-            _, away, requires_grad = self._away.get(id(tensor), (None, None, False))
+            _, away, requires_grad = rerun.away.get(id(tensor), (None, None, False))
             return detached(tensor) if away is None else away.tensor().requires_grad_(requires_grad)
 
         def result_of(saved: SavedAway | Held) -> torch.Tensor:
             return saved.tensor() if isinstance(saved, SavedAway) else saved.tensor.detach()
 
         watched = self._watch.recomputation() if self._watch is not None else contextlib.nullcontext()
-        args, kwargs = snapshot((self._args, self._kwargs), replace=back)
+        args, kwargs = snapshot((rerun.args, rerun.kwargs), replace=back)
         inputs = {each.untyped_storage()._cdata for each in tensors_in((args, kwargs))}
         with (
             watched,
             phase(f"fuyou::recompute {self.name}"),
             self._device.recorder.timed("recompute", f"recompute {self.name}"),
             self._device.within_budget(self.name),
-            RandomState(self._random.device).kept(),
-            self._autocast.entered(),
-            self._state.before_forward(),
+            RandomState(rerun.random.device).kept(),
+            rerun.autocast.entered(),
+            rerun.state.before_forward(),
             torch.enable_grad(),
-            Giving(self._results, result_of) if self._results else contextlib.nullcontext(),
+            Giving(rerun.results, result_of) if rerun.results else contextlib.nullcontext(),
             self._hooks.entered(keep, give),
             contextlib.suppress(_Enough),
         ):
-            self._random.restore()
+            rerun.random.restore()
             self._forward(*args, **kwargs)
         if count != len(self._saved):
             raise self._differs(count, None)

@@ -127,8 +127,14 @@ class Gradients:
                 gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
                 self._leaving.append((self._write(member, new), nbytes))
             self._present[member] = gradient
-            self._discharge_left()
+            self.discharge_left()
             return gradient
+
+    def discharge_left(self) -> None:
+        """What has left the device by now is charged no longer: whoever begins a block asks, so that a step's last gradients do
+        not count into the next forward."""
+        while self._leaving and self._leaving[0][0].done():
+            self._ledger.discharge("device", "gradients", self._leaving.popleft()[1])
 
     def fetch(self, chunk: Chunk) -> None:
         """A hint: backward is about to bring gradients for this chunk. What is to be added to comes from the drive while it
@@ -328,7 +334,7 @@ class Gradients:
         return value
 
     def _charge_leaving(self, nbytes: int, member: Member) -> None:
-        self._discharge_left()
+        self.discharge_left()
         while not self._ledger.try_charge("device", "gradients", nbytes):
             if not self._leaving:
                 if self._send_oldest_home() or self._drop_idle():
@@ -336,20 +342,16 @@ class Gradients:
                 self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
                 return
             self._leaving[0][0].wait()
-            self._discharge_left()
+            self.discharge_left()
 
     def _await_leaving(self) -> bool:
         """A gradient that is on its way out will be gone."""
-        self._discharge_left()
+        self.discharge_left()
         if not self._leaving:
             return False
         self._leaving[0][0].wait()
-        self._discharge_left()
+        self.discharge_left()
         return True
-
-    def _discharge_left(self) -> None:
-        while self._leaving and self._leaving[0][0].done():
-            self._ledger.discharge("device", "gradients", self._leaving.popleft()[1])
 
     def _write(self, member: Member, value: torch.Tensor) -> Ticket:
         """Start the copies of a whole gradient to its chunks' bytes; returns the last one's ticket (they end in order)."""
