@@ -211,8 +211,6 @@ class Optimizer(torch.optim.Optimizer):
             gradient = grad.gradient
             self._gradients.flush(gradient)
             return list(gradient.scales)
-
-            return tuple(float(scale) for scale in gradient.scales)
         if isinstance(grad, GradientHandle):  # another parameter's, whose bytes are not where this one's are
             grad = self._gradients.materialise(grad.gradient, lent=True)
         if grad is None or grad.layout is not torch.strided:
