@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -258,3 +259,45 @@ def test_a_gradient_that_has_left_is_not_charged_in_the_next_forward(nvme):
                 model(torch.randn(1, width))
             held = run.report().dict()["tiers"]["device"]["held_by_category"]
         assert held["gradients"] == 0
+
+
+class Headed(nn.Module):
+    """Blocks, and a head whose gradient is larger than what a block saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Mlp() for _ in range(BLOCKS))
+        self.head = nn.Linear(WIDTH, 16 * TOKENS, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:1])
+
+
+def test_the_block_after_the_next_comes_back_when_a_large_gradient_has_left(nvme, monkeypatch):
+    model = Headed()
+    head = model.head.weight.nbytes
+    assert head > SAVED / 2
+    most = {"activations": 0}
+    book, copy = Ledger._book, Device._copy
+
+    def watched(self: Ledger, tier: str, category: str, nbytes: int) -> None:
+        book(self, tier, category, nbytes)
+        if tier == "device" and self._held[tier]["gradients"] >= head:
+            most["activations"] = max(most["activations"], self._held[tier]["activations"])
+
+    def slow(self: Device, lane: str, target: torch.Tensor, source: torch.Tensor, nbytes: int) -> None:
+        if lane == "device_to_host" and threading.current_thread().name == "fuyou-copies-out":
+            time.sleep(0.2)
+        copy(self, lane, target, source, nbytes)
+
+    monkeypatch.setattr(Ledger, "_book", watched)
+    monkeypatch.setattr(Device, "_copy", slow)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    config = fuyou.Config(activations="nvme")
+    with fuyou.wrap(model, optimizer, nvme, ram="96MiB", gpu="1GiB", device="cpu", config=config) as run:
+        for _ in range(3):
+            step(model, run.optimizer, TOKENS)
+    assert SAVED < most["activations"] < 2 * SAVED  # the last block's, and not yet those of the one before it

@@ -128,6 +128,7 @@ class Schedule:
         self._last: dict[str, int | None] = {}  # phase → the block before this one
         self._frames: weakref.WeakKeyDictionary[Frame, BlockCalls] = weakref.WeakKeyDictionary()
         self._last_frame: Callable[[], Frame | None] = lambda: None  # of the last call
+        self._next_frame: Frame | None = None  # whose activations come back when gradients have left
         self._current: BlockCalls | None = None  # whose weights backward holds
         self._entered: weakref.WeakSet[Frame] = weakref.WeakSet()  # of its calls, those that backward has come to
         self._tasks: set[int] = set()  # graph tasks that will call end_backward
@@ -230,7 +231,7 @@ class Schedule:
     def _announced(self, frame: Frame) -> None:
         block = self._frames[frame]
         with self.told(f"the backward of {block.name}"):
-            frame.fetch()
+            self._bring(frame)
             # A leaf module that saved nothing to run again for (an embedding) needs no weights in backward. One with
             # children may hold the user's own checkpoint, which saves out of our sight.
             if frame.needs_weights or block.has_children:
@@ -258,8 +259,20 @@ class Schedule:
             for unit in block.units:
                 for chunk in unit.chunks:
                     self._gradients.fetch(chunk)
-            frame.fetch()
+            self._bring(frame)
             self._gauge.sample()
+
+    def _bring(self, frame: Frame) -> None:
+        """What left the device for this block's backward comes back, and what the next one needs behind it: when the gradients
+        of the blocks so far have left, or this block's begin to, so that the device need not hold a large one beside two
+        blocks' activations."""
+        self._next_frame = frame.before if frame.fetch() else None
+        self._bring_next()
+
+    def _bring_next(self, *, at_once: bool = False) -> None:
+        if self._next_frame is not None and (at_once or not self._gradients.leaving()):
+            frame, self._next_frame = self._next_frame, None
+            frame.fetch()
 
     def writes_of(self, frame: Frame) -> int:
         """Grows with every change to the weights of the frame's block."""
@@ -267,6 +280,7 @@ class Schedule:
 
     def resident_view(self, unit: Unit, frame: Frame) -> torch.Tensor:
         self.backward_of(frame)
+        self._bring_next()
         if not (self._current is not None and unit in self._current.units):
             with self._clock.stall("weights"):
                 self._swapper.get(unit)  # of the model's own forward: pinned, so it stays after the release
@@ -295,6 +309,7 @@ class Schedule:
             return
         if new.layout is not torch.strided:
             raise StateError(f"The gradient of {member.name} is sparse: use dense gradients (Embedding(sparse=False)).")
+        self._bring_next(at_once=True)
         self._gauge.sample(new.numel() * new.itemsize)
         with self._clock.stall("gradients"), phase(f"fuyou::gradient {member.name}"):
             self._foresight.summed(member)
@@ -316,6 +331,7 @@ class Schedule:
                 member.parameter.grad = handle
         self._aside.clear()
         self._gradients.end_backward()
+        self._next_frame = None
         self._stash.rest()
         self._last["backward"] = None
 

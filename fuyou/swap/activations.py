@@ -86,9 +86,6 @@ class HookStack:
         return self.entered(Kept, Kept.value)
 
 
-FETCH_FRAMES = 2  # the one that backward is in, and the one that it comes to next
-
-
 class Rerun:
     """What it takes to run a frame's forward again. Every SavedIndex holds it, the frame itself only during its forward: it is
     gone with the last of those."""
@@ -260,17 +257,15 @@ class Frame:
 
     # Backward --------------------------------------------------------------------------------------------------------
 
-    def fetch(self) -> None:
-        """Backward is here: what left comes back, what is needed first first, and then what the frame before this one
-        saved; as far as the device has room now."""
-        frame: Frame | None = self
-        for _ in range(FETCH_FRAMES):
-            if frame is None:
-                return
-            for stashed in reversed(frame._stashed):
-                if not stashed.fetch():
-                    return
-            frame = frame._before() if frame._before is not None else None
+    @property
+    def before(self) -> Frame | None:
+        """The one that backward comes to after this one."""
+        return self._before() if self._before is not None else None
+
+    def fetch(self) -> bool:
+        """Backward is here, or comes here next: what left comes back, what is needed first first. False where the device has no
+        room for all of it now."""
+        return all(stashed.fetch() for stashed in reversed(self._stashed))
 
     def leave(self) -> None:
         """Backward has gone on to another block: what this one brought back is at home, if anybody still refers to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ class Gradients:
         self._copies: dict[Chunk, list[Ticket]] = {}  # copies straight into host homes, or from them
         self._changed: deque[weakref.ref[Gradient]] = deque()  # those with `live` that is not lent, oldest first
         self._leaving: deque[tuple[Ticket, int]] = deque()  # copies off the device, and the bytes charged for each
+        self._left = threading.Lock()  # for `_leaving`: on a CPU the thread that copies discharges too
         self._outbound: Worker | None = None
         self._norms_wanted = True
         self._norms_asked = False
@@ -125,16 +127,26 @@ class Gradients:
                 gradient.scales.clear()
                 gradient.zero = False
                 gradient.norm = torch.linalg.vector_norm(new, 2.0) if self._norms_wanted else None
-                self._leaving.append((self._write(member, new), nbytes))
+                copied = self._write(member, new)
+            with self._left:
+                self._leaving.append((copied, nbytes))
             self._present[member] = gradient
             self.discharge_left()
+            if not copied.done():
+                self._device.after_copies_out(self.discharge_left)
             return gradient
 
     def discharge_left(self) -> None:
-        """What has left the device by now is charged no longer: whoever begins a block asks, so that a step's last gradients do
-        not count into the next forward."""
-        while self._leaving and self._leaving[0][0].done():
-            self._ledger.discharge("device", "gradients", self._leaving.popleft()[1])
+        """What has left the device by now is charged no longer. Whoever begins a block asks: on CUDA nobody is told when a copy
+        ends, and a step's last gradients should not count into the next forward."""
+        with self._left:
+            while self._leaving and self._leaving[0][0].done():
+                self._ledger.discharge("device", "gradients", self._leaving.popleft()[1])
+
+    def leaving(self) -> bool:
+        """Some are still on the device, on their way out."""
+        self.discharge_left()
+        return bool(self._leaving)
 
     def fetch(self, chunk: Chunk) -> None:
         """A hint: backward is about to bring gradients for this chunk. What is to be added to comes from the drive while it
@@ -258,9 +270,10 @@ class Gradients:
             self._present.pop(gradient.member, None)
 
     def close(self) -> None:
-        for _, nbytes in self._leaving:
-            self._ledger.discharge("device", "gradients", nbytes)
-        self._leaving.clear()
+        with self._left:
+            for _, nbytes in self._leaving:
+                self._ledger.discharge("device", "gradients", nbytes)
+            self._leaving.clear()
         for opened in self._open.values():
             opened.staging.release()
         self._open.clear()
@@ -336,20 +349,18 @@ class Gradients:
     def _charge_leaving(self, nbytes: int, member: Member) -> None:
         self.discharge_left()
         while not self._ledger.try_charge("device", "gradients", nbytes):
-            if not self._leaving:
-                if self._send_oldest_home() or self._drop_idle():
-                    continue
-                self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
-                return
-            self._leaving[0][0].wait()
-            self.discharge_left()
+            if self._await_leaving() or self._send_oldest_home() or self._drop_idle():
+                continue
+            self._ledger.charge("device", "gradients", nbytes, f"the gradient of {member.name}")
+            return
 
     def _await_leaving(self) -> bool:
         """A gradient that is on its way out will be gone."""
-        self.discharge_left()
-        if not self._leaving:
+        with self._left:
+            oldest = self._leaving[0][0] if self._leaving else None
+        if oldest is None:
             return False
-        self._leaving[0][0].wait()
+        oldest.wait()
         self.discharge_left()
         return True
 

@@ -303,6 +303,12 @@ class Device:
             what = f"a copy of {nbytes} bytes from {self.device} to the host"
             return EventTicket(self.d2h_stream.record_event(), target, what, self.deadline_s)
 
+    def after_copies_out(self, told: Callable[[], None]) -> None:
+        """CPU: `told` is called, by the thread that copies, when all copies out that it has been given have ended. CUDA: it is
+        not, for nobody waits for a stream."""
+        if self._copier is not None:
+            self._copier.submit(told, "telling that copies have ended")
+
     def _copy(self, lane: str, target: torch.Tensor, source: torch.Tensor, nbytes: int) -> None:
         with self.recorder.timed(lane, lane, nbytes):
             copy_bytes(target.data_ptr(), source.data_ptr(), nbytes)
