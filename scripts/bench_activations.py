@@ -382,10 +382,13 @@ def pipeline(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[d
 def predicted(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[dict]:
     print("a real model: predicted by a run under auto, and measured under each mode")
     print(
-        f"{'rows x tokens, state, mode':40}{'s':>8}{'expected':>10}{'error':>8}   error of peak bytes: device, host, nvme"
+        f"{'rows x tokens, state, the device, mode':44}{'s':>8}{'expected':>10}{'error':>8}   error of peak bytes: device, host, nvme"
     )
     rows = []
     for rows_count, tokens, place, gpu in REAL_SETTINGS:
+        setting = f"{rows_count} x {tokens}, {place}, {gpu // MIB} MiB"
+        if args.rows not in setting:
+            continue
         base = {"rows": rows_count, "tokens": tokens, "gpu": gpu, **REAL_PLACES[place]}
         row = run_row(folder, base, MODES, args.rounds, args.steps, gauge, RealSetup, PREDICTING_STEPS)
         considered = row["auto"]["plan"]["considered"]
@@ -406,8 +409,8 @@ def predicted(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[
                 )
                 for tier, off in peaks.items()
             )
-            name = f"{rows_count} x {tokens}, {place}, {mode}"
-            print(f"{name:40}{took:8.3f}{expected['seconds_per_step']:10.3f}{error:+8.1%}   {cells}", flush=True)
+            name = f"{setting}, {mode}"
+            print(f"{name:44}{took:8.3f}{expected['seconds_per_step']:10.3f}{error:+8.1%}   {cells}", flush=True)
             rows.append(
                 {
                     "name": name,
@@ -428,7 +431,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("grid", "pipeline", "predicted"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rows", default="", help="of the grid, only those with this in their names")
+    parser.add_argument("--rows", default="", help="only those with this in their names")
     parser.add_argument("--json")
     args = parser.parse_args()
     described = machine(args.folder)
