@@ -382,7 +382,7 @@ def pipeline(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[d
 def predicted(folder: str, args: argparse.Namespace, gauge: DriveGauge) -> list[dict]:
     print("a real model: predicted by a run under auto, and measured under each mode")
     print(
-        f"{'rows x tokens, state, the device, mode':44}{'s':>8}{'expected':>10}{'error':>8}   error of peak bytes: device, host, nvme"
+        f"{'rows x tokens, state, device, mode':44}{'s':>8}{'expected':>10}{'error':>8}   error of peaks: device, host, nvme"
     )
     rows = []
     for rows_count, tokens, place, gpu in REAL_SETTINGS:
