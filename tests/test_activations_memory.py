@@ -244,10 +244,13 @@ def test_a_loss_that_outlives_its_backward_holds_no_inputs(nvme):
             loss.backward()
 
 
-def test_a_gradient_that_has_left_is_not_charged_in_the_next_forward(nvme):
+@pytest.mark.parametrize("told", [True, False], ids=["by the thread that copies", "as on CUDA, by the next forward"])
+def test_a_gradient_that_has_left_is_charged_no_longer(told, nvme, monkeypatch):
     width = 512
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False))
     assert model[0].weight.nbytes >= THREAD_COPY_BYTES  # a thread takes it away, and no other gradient comes after it
+    if not told:
+        monkeypatch.setattr(Device, "after_copies_out", lambda self, told: None)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with fuyou.wrap(model, optimizer, nvme, ram="96MiB", gpu="1GiB", device="cpu") as run:
         model(torch.randn(8, width)).square().mean().backward()
@@ -255,8 +258,9 @@ def test_a_gradient_that_has_left_is_not_charged_in_the_next_forward(nvme):
         held = {"gradients": 1}
         while held["gradients"] and time.monotonic() < deadline:  # its copy takes a moment
             time.sleep(0.01)
-            with torch.no_grad():
-                model(torch.randn(1, width))
+            if not told:
+                with torch.no_grad():
+                    model(torch.randn(1, width))
             held = run.report().dict()["tiers"]["device"]["held_by_category"]
         assert held["gradients"] == 0
 
